@@ -1,0 +1,668 @@
+"""Tests of scott.py: behaviour that someone relies on. `pytest -q test_scott.py`, about a minute.
+
+Slow ones are left out; `pytest -q test_scott.py -m slow` runs them.
+"""
+
+import copy
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+
+import scott
+
+SCOTT = str(Path(scott.__file__).resolve())
+TINY = ["--epochs", "1", "--batch-size", "8", "--img-size", "32", "--workers", "0", "--amp", "fp32"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny_encoder(**options):
+    return scott.create_encoder("scott-tiny/16", 64, depth=2, embed_dim=48, num_heads=2, **options)
+
+
+def random_patch_mask(batch=2, grid=(4, 4), ratio=0.6):
+    return torch.stack([scott.random_mask(grid, ratio) for _ in range(batch)])
+
+
+def save_images(folder, count, size=40):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (size, size + 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"image{i}.png")
+
+
+# ---- Sizes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("scott-3/16", 6_522_432),
+        ("scott-7/16", 13_600_320),
+        ("scott-9/16", 17_139_264),
+        ("scott-12/16", 22_447_680),
+    ],
+)
+def test_parameter_counts_are_the_papers(name, count):
+    encoder = scott.create_encoder(name)
+    assert sum(p.numel() for p in encoder.parameters()) == count
+
+
+def test_patch_embedding_counts_are_within_the_papers_rounding():
+    for name, millions in (("vit-7/16", 12.7), ("vit-12/16", 21.5)):
+        encoder = scott.create_encoder(name)
+        count = sum(p.numel() for p in encoder.parameters())
+        assert count / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["scott-tiny/16", "vit-tiny/16"])
+def test_vit_takes_any_size_divisible_by_16(name):
+    encoder = scott.create_encoder(name, 96).eval()
+    for height, width in ((96, 96), (48, 160), (224, 32)):
+        tokens = encoder(torch.randn(1, 3, height, width))
+        assert tokens.shape == (1, height // 16 * (width // 16), 192)
+        assert tokens.mean(-1).abs().max() < 1e-4  # the output is LayerNormed
+    with pytest.raises(ValueError, match="divisible by 16"):
+        encoder(torch.randn(1, 3, 100, 96))
+
+
+def test_positions_do_not_depend_on_the_size_the_encoder_was_made_for():
+    small, large = scott.create_encoder("vit-tiny/16", 64), scott.create_encoder("vit-tiny/16", 160)
+    large.load_state_dict(small.state_dict())
+    images = torch.randn(1, 3, 128, 96)
+    assert torch.equal(small.eval()(images), large.eval()(images))
+
+
+def test_unknown_model_lists_the_known_ones():
+    with pytest.raises(scott.UserError, match="scott-12/16"):
+        scott.create_encoder("scott-13/16")
+
+
+# ---- Sparse layers: the properties of mask and renormalise -------------------------------------
+
+LAYERS = {
+    "conv": lambda **kw: scott.SparseConv2d(3, 5, 7, 2, 3, **kw),
+    "pool": lambda **kw: scott.SparseMaxBlurPool2d(3, **kw),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("size", [(32, 32), (32, 64)])
+def test_without_hidden_patches_a_sparse_layer_is_the_dense_one(layer, size):
+    sparse = LAYERS[layer]()
+    x = torch.randn(2, 3, *size)
+    mask = torch.zeros(2, 1, size[0] // 8, size[1] // 8, dtype=torch.bool)
+    if layer == "conv":
+        dense = F.conv2d(x, sparse.weight, stride=2, padding=3)
+    else:
+        kernel = torch.tensor([1.0, 2, 1])[:, None] * torch.tensor([1.0, 2, 1]) / 16
+        kernel = kernel.expand(3, 1, 3, 3)
+        dense = F.conv2d(F.max_pool2d(x, 2, 1), kernel, stride=2, padding=1, groups=3)
+    assert torch.equal(sparse(x), dense)
+    assert torch.equal(sparse(x, mask), dense)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_hidden_sites_have_no_influence_and_stay_empty(layer, renormalise):
+    sparse = LAYERS[layer](renormalise=renormalise)
+    mask = random_patch_mask()[:, None]
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    hidden = scott.enlarge(mask, x).expand_as(x)
+    out = sparse(x, mask)
+    assert torch.equal(sparse(torch.where(hidden, 1e6, x), mask), out)
+    assert torch.equal(sparse(torch.where(hidden, torch.nan, x), mask), out)
+    out.square().sum().backward()
+    assert x.grad[hidden].abs().max() == 0 and x.grad[~hidden].abs().max() > 0
+    empty = scott.enlarge(mask, out).expand_as(out)
+    assert out[empty].abs().max() == 0 and (out[~empty] != 0).all()
+
+
+def test_hidden_sites_never_win_the_maximum_of_negative_features():
+    pool, mask = scott.SparseMaxBlurPool2d(1), random_patch_mask()[:, None]
+    out = pool(torch.full((2, 1, 32, 32), -3.0), mask)
+    dense = pool(torch.full((2, 1, 32, 32), -3.0))
+    visible = ~scott.enlarge(mask, out)
+    assert torch.allclose(out[visible], dense[visible])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_constant_image_stays_constant_at_the_edge_of_a_hole(layer):
+    x, mask = torch.ones(2, 3, 32, 32), random_patch_mask()[:, None]
+    differs = {}
+    for renormalise in (True, False):
+        sparse = LAYERS[layer](renormalise=renormalise)
+        if layer == "conv":
+            torch.nn.init.constant_(sparse.weight, 0.01)
+        out, dense = sparse(x, mask), sparse(x)
+        visible = ~scott.enlarge(mask, out).expand_as(out)
+        differs[renormalise] = (out - dense)[visible].abs().max().item()
+    assert differs[True] < 1e-5
+    # The pooling needs no renormalising, as its docstring explains; the convolution does.
+    assert differs[False] > 0.05 if layer == "conv" else differs[False] < 1e-5
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_the_blur_sees_a_visible_site_in_every_tap(patch):
+    mask = torch.stack([scott.random_mask((8, 8), 0.6) for _ in range(8)])[:, None]
+    sites = ~scott.enlarge(mask, torch.empty(1, 1, 8 * patch, 8 * patch))
+    visible = F.max_pool2d(sites.float(), 2, 1)
+    kernel = torch.ones(1, 1, 3, 3)
+    taps = F.conv2d(visible, kernel, stride=2, padding=1)
+    inside = F.conv2d(torch.ones_like(visible), kernel, stride=2, padding=1)
+    seen = ~scott.enlarge(mask, taps)
+    assert torch.equal(taps[seen], inside[seen])
+
+
+def test_masks_of_a_batch_may_hide_different_numbers():
+    tokenizer = scott.SparseConvTokenizer(48)
+    images, mask = torch.rand(2, 3, 64, 64), torch.zeros(2, 16, dtype=torch.bool)
+    mask[1, :9] = True
+    both = tokenizer(images, mask)
+    assert torch.allclose(both[0], tokenizer(images[:1])[0], atol=1e-6)
+    assert torch.allclose(both[1], tokenizer(images[1:], mask[1:])[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["SparseConvTokenizer", "PatchEmbed"])
+@pytest.mark.parametrize("size", [(64, 64), (64, 112)])
+def test_tokens_of_visible_patches_know_nothing_of_hidden_pixels(name, size):
+    tokenizer, grid = getattr(scott, name)(48), (size[0] // 16, size[1] // 16)
+    mask = random_patch_mask(grid=grid).flatten(1)
+    images = torch.rand(2, 3, *size, requires_grad=True)
+    hidden = scott.enlarge(mask.view(2, 1, *grid), images).expand_as(images)
+    tokens = tokenizer(images, mask)
+    assert tokens.shape == (2, grid[0] * grid[1], 48)
+    changed = torch.where(hidden, torch.rand_like(images), images)
+    assert torch.equal(tokenizer(changed, mask), tokens)
+    assert tokens[mask].abs().max() == 0
+    tokens.square().sum().backward()
+    assert images.grad[hidden].abs().max() == 0
+
+
+# ---- Masks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", scott.MASKS)
+@pytest.mark.parametrize("grid", [(14, 14), (6, 6), (2, 2), (1, 5), (3, 17)])
+@pytest.mark.parametrize("ratio", [0.05, 0.4, 0.6, 0.95])
+def test_masks_hide_exactly_the_asked_number(kind, grid, ratio):
+    for seed in range(5):
+        mask = scott.MASKS[kind](grid, ratio, torch.Generator().manual_seed(seed))
+        assert mask.shape == grid and mask.dtype == torch.bool
+        assert mask.sum() == int(ratio * grid[0] * grid[1])
+
+
+@pytest.mark.parametrize("kind", scott.MASKS)
+def test_every_position_is_hidden_sometimes_and_visible_sometimes(kind):
+    generator = torch.Generator().manual_seed(0)
+    share = sum(scott.MASKS[kind]((14, 14), 0.6, generator).float() for _ in range(400)) / 400
+    assert 0 < share.min() and share.max() < 1
+
+
+def test_blockwise_hides_blocks_and_inverse_shows_blocks():
+    def neighbours(kind, hidden):
+        generator, total = torch.Generator().manual_seed(0), 0.0
+        for _ in range(100):
+            mask = scott.MASKS[kind]((14, 14), 0.6, generator) == hidden
+            total += (mask[:, 1:] & mask[:, :-1]).sum() / mask.sum()
+        return total / 100
+
+    assert neighbours("blockwise", True) > neighbours("random", True) + 0.1
+    assert neighbours("inverse", False) > neighbours("random", False) + 0.2
+
+
+def test_masks_repeat_with_their_generator():
+    a, b = (scott.blockwise_mask((14, 14), 0.6, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+# ---- The method --------------------------------------------------------------------------------
+
+
+def make_method(**options):
+    objective = scott.MIMJEPA(tiny_encoder(**options), predictor_depth=1)
+    mask = random_patch_mask(4).flatten(1)
+    return objective, torch.rand(4, 3, 64, 64), torch.rand(4, 3, 64, 64), mask
+
+
+def test_loss_is_smooth_l1_on_hidden_tokens_only():
+    objective, view_a, view_b, mask = make_method()
+    with torch.no_grad():
+        target = objective.teacher(view_b)
+        context = objective.student(view_a, mask)
+        prediction = objective.predictor(context + objective.student.grid_positions(view_a))
+        expected = F.smooth_l1_loss(prediction[mask], target[mask])
+    assert torch.allclose(objective(view_a, view_b, mask), expected, atol=1e-6)
+    # A change of the teacher's output at visible places only must not change the loss.
+    objective.teacher.register_forward_hook(lambda m, a, out: out + 100 * ~mask[..., None])
+    assert torch.allclose(objective(view_a, view_b, mask), expected, atol=1e-6)
+
+
+def test_the_student_does_not_see_hidden_pixels_and_the_teacher_does():
+    objective, view_a, view_b, mask = make_method()
+    hidden = scott.enlarge(mask.view(4, 1, 4, 4), view_a).expand_as(view_a)
+    loss = objective(view_a, view_b, mask)
+    assert torch.equal(objective(torch.where(hidden, 0.0, view_a), view_b, mask), loss)
+    assert not torch.equal(objective(view_a, torch.where(hidden, 0.0, view_b), mask), loss)
+
+
+def test_teacher_gets_no_gradient_and_everything_else_does():
+    objective, *batch = make_method()
+    objective(*batch).backward()
+    assert all(p.grad is None and not p.requires_grad for p in objective.teacher.parameters())
+    for part in (objective.student, objective.predictor):
+        assert all(p.grad.abs().max() > 0 for p in part.parameters())
+
+
+def test_teacher_starts_as_the_student_and_follows_it():
+    objective, *_ = make_method()
+    student, teacher = objective.student.mask_token, objective.teacher.mask_token
+    assert all(map(torch.equal, objective.student.parameters(), objective.teacher.parameters()))
+    student.data += 1
+    before = teacher.clone()
+    objective.update_teacher(1.0)
+    assert torch.equal(teacher, before)
+    objective.update_teacher(0.75)
+    assert torch.allclose(teacher, 0.75 * before + 0.25 * student)
+    objective.update_teacher(0.0)
+    assert torch.equal(teacher, student)
+
+
+def test_dropout_is_for_the_student_only():
+    rates = dict(dropout=0.5, attention_dropout=0.5, drop_path=0.5)
+    objective, view_a, view_b, mask = make_method(**rates)
+    objective.train()
+    assert torch.equal(objective.teacher(view_b), objective.teacher(view_b))
+    assert not torch.equal(objective.student(view_a, mask), objective.student(view_a, mask))
+
+
+def test_residual_norm_changes_the_block():
+    block = scott.Block(48, 2)
+    other = copy.deepcopy(block)
+    other.residual_norm = True
+    x = torch.randn(1, 4, 48)
+    y = F.layer_norm(x + block.attention(F.layer_norm(x, (48,))), (48,))
+    assert torch.allclose(other(x), y + block.ffn(y), atol=1e-6)
+    assert not torch.allclose(other(x), block(x), atol=1e-3)
+
+
+# ---- Schedules ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total, warmup", [(18_900, 2520), (100, 0), (7, 3), (2, 0), (2, 1)])
+def test_schedules_are_exact_at_both_ends(total, warmup):
+    assert scott.lr_schedule(0, total, warmup) == (1e-6 if warmup else 5e-4)
+    assert scott.lr_schedule(total - 1, total, warmup) == 1e-5
+    assert scott.weight_decay_schedule(0, total) == 0.04
+    assert scott.weight_decay_schedule(total - 1, total) == 0.4
+    assert scott.ema_schedule(0, total) == 0.996
+    assert scott.ema_schedule(total - 1, total) == 1.0
+
+
+def test_learning_rate_rises_stays_and_falls():
+    rates = [scott.lr_schedule(step, 1000, 100) for step in range(1000)]
+    assert rates[50] == pytest.approx((1e-6 + 5e-4) / 2)
+    flat = [i for i, rate in enumerate(rates) if rate == 5e-4]
+    assert flat == list(range(100, 100 + len(flat)))
+    assert len(flat) == pytest.approx(0.72 * 900, abs=2)
+    assert all(a > b for a, b in zip(rates[flat[-1] :], rates[flat[-1] + 1 :]))
+
+
+def test_warmup_is_40_epochs_and_shorter_in_short_runs():
+    for epochs, expected in ((300, 40), (1200, 40), (30, 4)):
+        assert scott.resolve(scott.Config(epochs=epochs)).warmup_epochs == pytest.approx(expected)
+    assert scott.resolve(scott.Config(epochs=1200, warmup_epochs=60)).warmup_epochs == 60
+
+
+# ---- Colours -----------------------------------------------------------------------------------
+
+TORCHVISION = {
+    "brightness": (TF.adjust_brightness, [0.6, 1.0, 1.4]),
+    "contrast": (TF.adjust_contrast, [0.6, 1.0, 1.4]),
+    "saturation": (TF.adjust_saturation, [0.8, 1.0, 1.2]),
+    "hue": (TF.adjust_hue, [-0.1, 0.0, 0.1]),
+    "blur": (lambda x, sigma: TF.gaussian_blur(x, [9, 9], [sigma, sigma]), [0.1, 0.7, 2.0]),
+    "grayscale": (lambda x, _: TF.rgb_to_grayscale(x, 3), [0.0, 0.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize("name", scott.COLORS)
+def test_batched_colours_equal_torchvision_image_by_image(name):
+    reference, strengths = TORCHVISION[name]
+    images = torch.rand(3, 3, 224, 224)
+    images[0, :, :60] = 0.5  # gray, black and white have no hue
+    images[1, :, :60], images[2, :, :60] = 0, 1
+    out = scott.COLORS[name](images, torch.tensor(strengths).view(-1, 1, 1, 1))
+    expected = torch.stack([reference(image, s) for image, s in zip(images, strengths)])
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_views_kinds():
+    crops = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    draws = torch.rand(16, 2, 10)
+
+    def views(kind, probability):
+        return scott.make_views(crops, draws, kind, probability, np.random.default_rng(0))
+
+    plain = scott.normalise(crops)
+    assert all(torch.equal(view, plain) for view in views("none", 1.0))
+    assert all(torch.allclose(view, plain) for view in views("different", 0.0))
+    view_a, view_b = views("same", 1.0)
+    assert torch.equal(view_a, view_b) and not torch.allclose(view_a, plain)
+    view_a, view_b = views("different", 1.0)
+    assert not torch.allclose(view_a, view_b)
+
+
+def test_colour_probabilities():
+    draws = torch.rand(4000, 10)
+    images = torch.rand(1, 3, 4, 4).expand(4000, -1, -1, -1)
+    out = scott.color_pipeline(images, draws, 0.6, np.random.default_rng(0))
+    changed = (out != images).flatten(1).any(1).float().mean()
+    gray = (out.std(1) < 1e-6).flatten(1).all(1).float().mean()
+    assert changed == pytest.approx(0.6 * (1 - 0.2 * 0.9 * 0.7), abs=0.03)
+    assert gray == pytest.approx(0.6 * 0.1, abs=0.02)
+
+
+# ---- Data --------------------------------------------------------------------------------------
+
+
+def test_crops_are_keyed_by_seed_epoch_and_image_and_leave_the_generator_alone():
+    images = scott.draw_flowers(count=4, size=48)
+    crops = scott.Crops(images, 32, seed=1)
+    torch.manual_seed(5)
+    first = crops[(3, 2)]
+    after = torch.rand(())
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(()))
+    assert first[0].shape == (3, 32, 32) and first[0].dtype == torch.uint8
+    assert first[2].shape == (4,) and first[2].sum() == 2
+    for other, same in ((crops[(3, 2)], True), (crops[(4, 2)], False), (crops[(3, 1)], False)):
+        assert torch.equal(first[0], other[0]) == same and torch.equal(first[1], other[1]) == same
+
+
+def test_batches_visit_every_image_once_an_epoch_and_resume_anywhere():
+    whole = list(scott.epoch_batches(list(range(10, 21)), 3, 0, 9, seed=0))
+    assert len(whole) == 9 and [batch[0][0] for batch in whole] == [0] * 3 + [1] * 3 + [2] * 3
+    for epoch in range(3):
+        seen = [i for batch in whole[3 * epoch : 3 * epoch + 3] for _, i in batch]
+        assert len(set(seen)) == 9 and set(seen) <= set(range(10, 21))
+    assert whole[0] != whole[3]
+    assert list(scott.epoch_batches(list(range(10, 21)), 3, 4, 9, seed=0)) == whole[4:]
+
+
+def test_a_folder_with_splits_and_labels(tmp_path):
+    for place, count in (("train/rose", 3), ("train/tulip", 2), ("val/rose", 1), ("val/tulip", 1)):
+        save_images(tmp_path / place, count)
+    save_images(tmp_path / "train", 1)  # loose
+    save_images(tmp_path / "train/rose/deep", 1)  # nested deeper
+    save_images(tmp_path / ".hidden", 1)
+    (tmp_path / "train/notes.txt").write_text("not an image")
+    images = scott.open_data(str(tmp_path))
+    assert images.classes == ["rose", "tulip"]
+    assert sorted(images.labels) == [-1, -1, 0, 0, 0, 0, 1, 1, 1]
+    assert len(images.select("all")) == 9 and len(images.select("train")) == 7
+    train, test = images.evaluation_split()
+    assert len(train) == 5 and len(test) == 2
+    assert all("/val/" in images.paths[i] for i in test)
+    with pytest.raises(scott.UserError, match="train, val"):
+        images.select("test")
+
+
+def test_a_folder_with_labels_only_gets_a_stratified_split(tmp_path):
+    save_images(tmp_path / "a", 20)
+    save_images(tmp_path / "b", 10)
+    images = scott.open_data(str(tmp_path))
+    train, test = images.evaluation_split()
+    assert sorted([*train, *test]) == list(range(30))
+    assert [images.labels[i] for i in test] == [0] * 4 + [1] * 2
+    assert all(map(np.array_equal, images.evaluation_split(), (train, test)))
+
+
+def test_a_flat_folder_is_unlabelled(tmp_path):
+    save_images(tmp_path, 3)
+    images = scott.open_data(str(tmp_path))
+    assert images.labels == [-1] * 3 and images.evaluation_split() is None
+
+
+def test_decoding_shrinks_to_the_side_and_the_cache_changes_nothing(tmp_path):
+    save_images(tmp_path, 2, size=100)
+    images = scott.open_data(str(tmp_path))
+    images.side = 50
+    plain = [images.load(i) for i in range(2)]
+    assert plain[0].shape == (3, 50, 54)
+    images.cache(1.0)
+    assert all(image is not None for image in images.images)
+    assert all(torch.equal(images.load(i), plain[i]) for i in range(2))
+
+
+def test_the_demo_is_the_same_everywhere_and_has_eight_classes():
+    a, b = scott.draw_flowers(count=16, size=32), scott.draw_flowers(count=16, size=32)
+    assert all(map(torch.equal, a.images, b.images))
+    assert len(a.classes) == 8 and set(a.labels) == set(range(8))
+    train, test = a.evaluation_split()
+    assert {a.labels[i] for i in test} <= {a.labels[i] for i in train}
+
+
+SHARED = Path(__file__).resolve().parent.parent / "shared"
+
+
+@pytest.mark.skipif(not (SHARED / "flowers-102").is_dir(), reason="Flowers-102 is not here")
+def test_flowers102_has_its_official_splits():
+    images = scott.open_data("flowers102", SHARED)
+    sizes = [len(images.select(split)) for split in ("train", "val", "test", "trainval", "all")]
+    assert sizes == [1020, 1020, 6149, 2040, 8189]
+    assert len(images.classes) == 102 and set(images.labels) == set(range(102))
+    train, test = images.evaluation_split()
+    assert (len(train), len(test)) == (2040, 6149)
+    assert images.load(0).dtype == torch.uint8
+
+
+# ---- Monitors ----------------------------------------------------------------------------------
+
+
+def test_knn_finds_clusters_and_nothing_in_noise():
+    labels = torch.arange(400) % 4
+    centres = F.one_hot(labels, 16).float()
+    noise = torch.randn(400, 16)
+    for features, low, high in ((centres + 0.1 * noise, 1, 1), (noise, 0.1, 0.4)):
+        scores = scott.knn_scores(features[:200], labels[:200], features[200:], 4)
+        assert low <= (scores.argmax(1) == labels[200:]).float().mean() <= high
+
+
+def test_effective_rank_counts_directions():
+    features = torch.randn(4096, 8) @ torch.randn(8, 64)
+    assert scott.effective_rank(torch.randn(4096, 32) + 7) == pytest.approx(32, abs=0.5)
+    assert 4 < scott.effective_rank(features) < 8.01
+
+
+# ---- Runs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on a small labelled folder: (its folder, what it printed)."""
+    place = tmp_path_factory.mktemp("run")
+    save_images(place / "pictures/a", 12)
+    save_images(place / "pictures/b", 12)
+    flags = ["--data", "pictures", "--model", "scott-tiny/16", *TINY, "--epochs", "2"]
+    command = [sys.executable, SCOTT, *flags, "--dropout", "0.1"]
+    result = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return place / "runs/pictures-scott-tiny-16", result.stdout
+
+
+def test_a_run_leaves_config_metrics_checkpoint_and_preview(run):
+    folder, printed = run
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "last.pt", "metrics.csv", "preview.png",
+    ]  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    assert config["epochs"] == 2 and config["device"] != "auto"
+    assert config["torch"] == torch.__version__
+    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"] and rows[0]["loss"] == ""
+    assert all(math.isfinite(float(row["effective_rank"])) and row["knn_top1"] for row in rows)
+    assert float(rows[-1]["lr"]) == 1e-5 and float(rows[-1]["ema"]) == 1.0
+    assert Image.open(folder / "preview.png").size[0] > 8 * 32
+    assert "untrained" in printed and "student" in printed
+
+
+def test_a_checkpoint_holds_everything_and_loads_without_code(run):
+    folder, _ = run
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert set(state) == {
+        "config", "epoch", "step", "student", "teacher", "predictor", "optimizer", "rng", "format",
+    }  # fmt: skip
+    assert (state["epoch"], state["step"]) == (2, 6)
+    by_default = scott.load_encoder(folder / "last.pt")
+    student = scott.load_encoder(folder / "last.pt", which="student")
+    assert not by_default.training and not any(p.requires_grad for p in by_default.parameters())
+    weights = by_default.state_dict()  # this run's config says teacher
+    assert all(torch.equal(weights[name], state["teacher"][name]) for name in weights)
+    assert not all(map(torch.equal, student.parameters(), by_default.parameters()))
+    assert by_default(torch.rand(1, 3, 48, 32)).shape == (1, 6, 192)
+
+
+def train_here(place, monkeypatch, *flags):
+    """Train on a small unlabelled folder in this process: (student's weights, metrics rows)."""
+    monkeypatch.chdir(place)
+    if not (place / "loose").exists():
+        save_images(place / "loose", 17)
+    config = ["--data", "loose", "--model", "scott-tiny/16", *TINY, *flags]
+    folder = scott.train(scott.parse_config(config))
+    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    return torch.load(folder / "last.pt", weights_only=True)["student"], rows
+
+
+def test_the_same_seed_gives_the_same_run_whatever_the_workers(tmp_path, monkeypatch):
+    one, rows = train_here(tmp_path, monkeypatch)
+    two, again = train_here(tmp_path, monkeypatch, "--workers", "2", "--cache-gib", "0")
+    other, _ = train_here(tmp_path, monkeypatch, "--seed", "1")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+    for row in rows + again:
+        del row["images_per_s"]
+    assert rows == again and rows[-1]["knn_top1"] == ""
+    names = sorted(p.name for p in (tmp_path / "runs").iterdir())  # none overwrote another
+    assert names == ["loose-scott-tiny-16", "loose-scott-tiny-16-2", "loose-scott-tiny-16-3"]
+
+
+def test_training_takes_another_objective(tmp_path, monkeypatch):
+    class Pixels(scott.MIMJEPA):
+        """Regress the mean colour of hidden patches: a toy with the same calls."""
+
+        def forward(self, view_a, view_b, mask):
+            colors = F.avg_pool2d(view_b, 16).flatten(2).transpose(1, 2)
+            tokens = self.predictor(self.student(view_a, mask))
+            return F.mse_loss(tokens[..., :3][mask], colors[mask])
+
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 17)
+    config = scott.parse_config(["--data", "loose", "--model", "scott-tiny/16", *TINY])
+    folder = scott.train(config, Pixels(scott.create_encoder("scott-tiny/16", 32), 1))
+    assert scott.load_encoder(folder / "last.pt").embed_dim == 192
+
+
+@pytest.mark.parametrize("kind", ["inverse", "random"])
+def test_other_masks_and_models_train(tmp_path, monkeypatch, kind):
+    flags = ["--mask", kind, "--model", "vit-tiny/16", "--views", "none"]
+    _, rows = train_here(tmp_path, monkeypatch, *flags)
+    assert 0 < float(rows[-1]["loss"]) < 2
+
+
+def test_training_lowers_the_loss_on_a_fixed_batch():
+    objective, *batch = make_method()
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], 1e-3)
+    losses = []
+    for _ in range(40):
+        loss = objective(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# ---- The command line --------------------------------------------------------------------------
+
+
+def test_demo_is_the_default_and_a_given_flag_wins():
+    demo = scott.parse_config([])
+    assert (demo.data, demo.model, demo.which) == ("demo", "scott-tiny/16", "student")
+    assert demo.img_size == 64
+    given = scott.parse_config(["--img-size", "96", "--which", "teacher"])
+    assert (given.img_size, given.which, given.model) == (96, "teacher", "scott-tiny/16")
+    paper = scott.parse_config(["--data", "flowers102"])
+    assert paper == scott.Config(data="flowers102")
+    assert (paper.model, paper.img_size, paper.epochs) == ("scott-12/16", 224, 300)
+
+
+def test_help_shows_every_flag():
+    result = subprocess.run([sys.executable, SCOTT, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    for name in scott.Config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in result.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--img-size 100", "multiple of the patch size"),
+        ("--mask-ratio 1", "hides none or all"),
+        ("--mask-ratio nan", "must be from"),
+        ("--epochs 0", "must be from"),
+        ("--lr -1", "must be from"),
+        ("--epochs many", "invalid int"),
+        ("--views blue", "invalid choice"),
+        ("--data nosuch", "no folder nosuch"),
+        ("--data empty", "no images in empty"),
+        ("--data flowers102 --root nowhere", "flowers-102/ with jpg/"),
+        ("--model scott-5/16", "scott-7/16"),
+        ("--heads 7", "divide the width"),
+        ("--split valid", "train"),
+        ("--batch-size 100000", "more than"),
+        ("--device cuda:7", "--device"),
+        ("--nosuch 1", "unrecognized"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, says):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.flowers102.download_and_extract_archive", offline)
+    (tmp_path / "empty").mkdir()
+    try:
+        code = scott.main(flags.split())
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr().err
+    assert code == 2 and says in printed and printed.count("\n") == 1, printed
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_compile_trains(tmp_path, monkeypatch):
+    _, rows = train_here(tmp_path, monkeypatch, "--compile")
+    assert 0 < float(rows[-1]["loss"]) < 2
+
+
+@pytest.mark.slow
+def test_the_demo_helps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = scott.train(scott.parse_config([]))
+    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    assert float(rows[-1]["knn_top1"]) > float(rows[0]["knn_top1"]) + 3

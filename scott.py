@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from timeit import repeat
 
 import numpy as np
 import torch
@@ -37,7 +38,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, ops, transforms as T, utils
 from torchvision.transforms.v2 import functional as TF
@@ -138,16 +138,16 @@ def resolve(config):
     amp = "bf16" if config.amp == "auto" and bf16_pays(device) else "fp32"
     settled = dict(device=name, workers=workers, amp=amp, knn_every=max(1, config.epochs // 10),
                    warmup_epochs=min(40, config.epochs * 40 / 300))
-    unsettled = [key for key in settled if getattr(config, key) in (None, "auto")]
-    return replace(config, **{key: settled[key] for key in unsettled})
+    given = {key: value for key, value in asdict(config).items() if value not in (None, "auto")}
+    return replace(config, **(settled | given))
 
 def bf16_pays(device):
     """True where bf16 matrix products are far ahead of fp32 ones: AVX512-BF16, AMX, most GPUs."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     a = torch.ones(512, 512, device=device)
-    fp32, bf16 = (Timer("(a @ a)[0, 0].item()", globals={"a": x}) for x in (a, a.bfloat16()))
-    return fp32.timeit(10).mean > 1.5 * bf16.timeit(10).mean
+    runs = [repeat(lambda x=x: (x @ x)[0, 0].item(), number=1, repeat=10) for x in (a, a.bfloat16())]
+    return min(runs[0]) > 1.5 * min(runs[1])
 
 # ---- Data: image sets, decoding, crops ---------------------------------------------------------
 TORCHVISION = {  # class, where it keeps the paths (it has no public way to them), splits, files

@@ -578,8 +578,8 @@ class ViT(nn.Module):
     for any H and W divisible by 16, otherwise ValueError. Further `options` go to every `Block`."""
     def __init__(self, tokenizer, embed_dim=384, depth=12, num_heads=6, img_size=224, **options):
         super().__init__()
-        if embed_dim % (4 * num_heads):
-            raise UserError(f"{num_heads} heads: 4 x heads must divide the width, {embed_dim}")
+        if embed_dim % num_heads or embed_dim % 4:
+            raise UserError(f"heads, {num_heads}, and 4 must divide the width, {embed_dim}")
         self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
         self.block_options, self.dropout = options, options.get("dropout", 0.0)
         self.tokenizer = tokenizer

@@ -631,7 +631,7 @@ def test_help_shows_every_flag():
         ("--data empty", "no images in empty"),
         ("--data flowers102 --root nowhere", "flowers-102/ with jpg/"),
         ("--model scott-5/16", "scott-7/16"),
-        ("--heads 7", "divide the width"),
+        ("--heads 7", "must divide the width"),
         ("--split valid", "train"),
         ("--batch-size 100000", "more than"),
         ("--device cuda:7", "--device"),

@@ -122,11 +122,11 @@ def resolve(config):
         if low is not None and value is not None and not low <= value <= high:
             name = item.name.replace("_", "-")
             raise UserError(f"--{name} {value}: must be from {low} to {high}")
-    patches = (config.img_size // 16) ** 2
+    side = config.img_size // 16
     if config.img_size % 16:
         raise UserError(f"--img-size {config.img_size}: must be a multiple of the patch size, 16")
-    if not 0 < int(config.mask_ratio * patches) < patches:
-        raise UserError(f"--mask-ratio {config.mask_ratio}: hides none or all of {patches} patches")
+    if not 0 < int(config.mask_ratio * side * side) < side * side:
+        raise UserError(f"--mask-ratio {config.mask_ratio}: hides none or all of {side**2} patches")
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     name = str(best) if config.device == "auto" else config.device
     try:
@@ -146,7 +146,7 @@ def bf16_pays(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     a = torch.ones(512, 512, device=device)
-    runs = [repeat(lambda x=x: (x @ x)[0, 0].item(), number=1, repeat=10) for x in (a, a.bfloat16())]
+    runs = [repeat(lambda x=x: (x @ x)[0, 0].item(), number=1, repeat=9) for x in (a, a.bfloat16())]
     return min(runs[0]) > 1.5 * min(runs[1])
 
 # ---- Data: image sets, decoding, crops ---------------------------------------------------------
@@ -271,11 +271,10 @@ def draw_flowers(count=3072, size=128):
     axis, images, labels = torch.linspace(-1, 1, size), [], torch.arange(count) % 8
     sector, yellow = torch.tensor([[5.0, 3, 1], [0.85, 0.65, 0.1]]).view(2, 3, 1, 1)
     def uniform(low, high, cells=1):
-        return low + (high - low) * torch.rand(len(label), 1, cells, cells, generator=generator)
+        return low + (high - low) * torch.rand(len(kind), 1, cells, cells, generator=generator)
     def texture(cells):
         return F.interpolate(uniform(-1, 1, cells), (size, size), mode="bicubic")
-    for label in labels.split(256):
-        kind = label.view(-1, 1, 1, 1)
+    for kind in labels.view(-1, 1, 1, 1).split(256):
         x, y = axis - uniform(-0.25, 0.25), axis[:, None] - uniform(-0.25, 0.25)
         radius, turn = torch.hypot(x, y) / uniform(0.6, 0.9), torch.atan2(y, x) / math.pi
         across = ((turn + uniform(0, 2)) * (3 + kind // 2) % 2 - 1).abs()  # 1: between petals
@@ -420,17 +419,19 @@ def draw_blocks(grid, count, generator=None):
 
 def blockwise_mask(grid, ratio=0.6, generator=None):
     """Hidden patches in blocks (the default): (Gh, Gw) bool."""
-    return draw_blocks(grid, int(ratio * grid[0] * grid[1]), generator)
+    height, width = grid
+    return draw_blocks(grid, int(ratio * height * width), generator)
 
 def inverse_blockwise_mask(grid, ratio=0.6, generator=None):
     """Visible patches in blocks (the released code): (Gh, Gw) bool."""
-    patches = grid[0] * grid[1]
-    return ~draw_blocks(grid, patches - int(ratio * patches), generator)
+    height, width = grid
+    return ~draw_blocks(grid, height * width - int(ratio * height * width), generator)
 
 def random_mask(grid, ratio=0.6, generator=None):
     """Hidden patches anywhere: (Gh, Gw) bool."""
-    patches = grid[0] * grid[1]
-    return (torch.randperm(patches, generator=generator) < int(ratio * patches)).view(grid)
+    height, width = grid
+    order = torch.randperm(height * width, generator=generator)
+    return (order < int(ratio * height * width)).view(grid)
 
 MASKS = {"blockwise": blockwise_mask, "inverse": inverse_blockwise_mask, "random": random_mask}
 
@@ -466,8 +467,8 @@ class SparseConv2d(nn.Conv2d):
 class SparseMaxBlurPool2d(nn.Module):
     """Anti-aliased max pooling (Zhang 2019), (B, C, H, W) -> (B, C, H/2, W/2), masks as above.
     Max of 2x2 at stride 1, where hidden sites never win, then a 3x3 binomial blur at stride 2.
-    `renormalise` changes nothing here: around a visible site of the result each of the blur's nine
-    taps is the maximum of a window with a visible site in it, so that their share is always 1."""
+    `renormalise` changes nothing here: patches cover an even number of sites, so that each of the
+    nine taps around a visible site has a visible site in its window, and their share is 1."""
     def __init__(self, channels, renormalise=True):
         super().__init__()
         self.channels, self.renormalise = channels, renormalise
@@ -616,9 +617,8 @@ def create_encoder(name, img_size=224, renormalise=True, **overrides):
         raise UserError(f"--model {name}: unknown; there are {', '.join(models)}")
     kind, size = models[name]
     options = dict(zip(("embed_dim", "depth", "num_heads"), SIZES[size])) | overrides
-    scott = partial(SparseConvTokenizer, renormalise=renormalise)
-    tokenizer = {"scott": scott, "vit": PatchEmbed}[kind](options["embed_dim"])
-    return ViT(tokenizer, img_size=img_size, **options)
+    stem = partial(SparseConvTokenizer, renormalise=renormalise) if kind == "scott" else PatchEmbed
+    return ViT(stem(options["embed_dim"]), img_size=img_size, **options)
 
 # ---- MIM-JEPA (sec. 3.2) and its schedules (sec. 4.2, Table 6) ---------------------------------
 class MIMJEPA(nn.Module):

@@ -196,8 +196,8 @@ def test_tokens_of_visible_patches_know_nothing_of_hidden_pixels(name, size):
 
 
 @pytest.mark.parametrize("kind", scott.MASKS)
-@pytest.mark.parametrize("grid", [(14, 14), (6, 6), (2, 2), (1, 5), (3, 17)])
-@pytest.mark.parametrize("ratio", [0.05, 0.4, 0.6, 0.95])
+@pytest.mark.parametrize("grid", [(14, 14), (10, 10), (2, 2), (1, 5), (3, 17)])
+@pytest.mark.parametrize("ratio", [0.05, 0.29, 0.6, 0.95])
 def test_masks_hide_exactly_the_asked_number(kind, grid, ratio):
     for seed in range(5):
         mask = scott.MASKS[kind](grid, ratio, torch.Generator().manual_seed(seed))

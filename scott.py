@@ -842,8 +842,8 @@ def train(config, objective=None):
                 row, text = row | result, f"{text} | {config.which}: {words}"
             status(text, final=True)
             metrics.writerow(row)
-            if any(row.get(key, math.inf) < untrained[key] / 2 for key in COLUMNS[7:9]):
-                print("warning: the features collapse, rank or deviation is below half of the "
+            if any(row.get(key, math.inf) < 0.4 * untrained[key] for key in COLUMNS[7:9]):
+                print("warning: the features collapse, rank or deviation is below 40 % of the "
                       "untrained encoder's. Try a lower --lr or an --ema-start closer to 1.")
             losses.zero_()
             clock = time.time()

@@ -576,6 +576,18 @@ def test_training_takes_another_objective(tmp_path, monkeypatch):
     assert scott.load_encoder(folder / "last.pt").embed_dim == 192
 
 
+def test_a_collapse_is_called_one(tmp_path, monkeypatch, capsys):
+    def collapse(self, view_a, view_b, mask):
+        return self.student(view_a, mask).std(1).mean() + self.student(view_a).std(0).mean()
+
+    train_here(tmp_path, monkeypatch)
+    assert "collapse" not in capsys.readouterr().out
+    monkeypatch.setattr(scott.MIMJEPA, "forward", collapse)
+    flags = ["--epochs", "20", "--lr", "0.01", "--which", "student", "--knn-every", "5"]
+    train_here(tmp_path, monkeypatch, *flags)
+    assert "collapse" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["inverse", "random"])
 def test_other_masks_and_models_train(tmp_path, monkeypatch, kind):
     flags = ["--mask", kind, "--model", "vit-tiny/16", "--views", "none"]

@@ -241,7 +241,8 @@ def open_data(data, root="data"):
         raise UserError(f"{data}: {len(absent)} of {len(paths)} images missing: {absent[0]} ...")
     labels = [label for part in parts for label in part._labels]
     names = [split for part, split in zip(parts, splits) for _ in range(len(part))]
-    return ImageSet(paths, labels, names, list(parts[0].classes))
+    classes = getattr(parts[0], "classes", range(max(labels) + 1))  # unnamed in torchvision 0.21
+    return ImageSet(paths, labels, names, [str(name) for name in classes])
 
 def image_folder(folder):
     """Any folder of images: train/ and val/ or test/ are splits; within a split, or without any,

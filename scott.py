@@ -854,7 +854,9 @@ def train(config, objective=None):
             saved = now
     log.close()
     for which in ("teacher", "student"):
-        status(f"{which}: {monitor(getattr(objective, which), images, config)[1]}", final=True)
+        if which != config.which:  # that one was measured after the last epoch
+            other = monitor(getattr(objective, which), images, config)[1]
+        status(f"{which}: {words if which == config.which else other}", final=True)
     minutes = (time.time() - started) / 60
     print(f"""trained in {minutes:.1f} min; checkpoint, curves and views: {folder}
 A rising loss is no bad sign, the targets become richer: compare k-NN and rank with the untrained.

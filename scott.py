@@ -8,7 +8,6 @@ Learning" (arXiv 2502.18056) in one file; section, table and equation numbers ar
     python scott.py --data path/to/images            # your own folder, labels not needed
 
 What is unusual here, in reading order:
-- The command line is the dataclass `Config`; whatever defines a result is in this file.
 - Crop, flip, colours and mask are keyed by (seed, epoch, image): worker processes change nothing.
 - A mask (True = hidden from the student) is always an argument. Sparse means: hidden pixels are
   zeroed before each layer, and its result is divided by the share of the kernel that saw others.
@@ -23,12 +22,13 @@ import itertools
 import json
 import math
 import os
+import pickle
 import sys
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from timeit import repeat
 
@@ -93,35 +93,39 @@ class Config:
     knn_every: int | None = flag(None, "epochs between monitors (default: ten a run)", 1, 10**6)
     save_minutes: float = flag(10.0, "minutes between checkpoints", 0, 10**6)
 
-# In a short run the teacher lags: it is the student that has learnt by its end.
 DEMO = dict(model="scott-tiny/16", img_size=64, crop_scale=0.5, dropout=0.0, attention_dropout=0.0,
             drop_path=0.0, predictor_depth=2, which="student", epochs=20, batch_size=32)
 
 def parse_config(argv=None, cls=Config):
     """Command line -> `cls`: its defaults, the demo's preset, then the flags that were given."""
-    about, style = __doc__.split("\nWhat is unusual")[0], argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, formatter_class=style)
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; see --help\n")
+    preset = DEMO if issubclass(cls, Config) else {}
     for item in fields(cls):
         meta, kind = item.metadata, (typing.get_args(item.type) or [item.type])[0]
         group = parser.add_argument_group(meta["group"]) if "group" in meta else group
-        demo = f"; demo: {DEMO[item.name]}" if item.name in DEMO else ""
-        text = meta["text"] + ("" if item.default is None else f" (default: {item.default}{demo})")
-        how = {"type": kind, "choices": meta.get("choices")}
-        how |= {} if how["choices"] else {"metavar": kind.__name__.upper()}
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
-        name = "--" + item.name.replace("_", "-")
-        group.add_argument(name, help=text, default=argparse.SUPPRESS, **how)
+        demo = f"; demo: {preset[item.name]}" if item.name in preset else ""
+        default = "" if item.default in (None, ()) else f" (default: {item.default}{demo})"
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+            "type": kind, "choices": meta.get("choices"),
+            "nargs": "+" if typing.get_origin(item.type) is tuple else None}
+        group.add_argument("--" + item.name.replace("_", "-"), default=argparse.SUPPRESS,
+                           help=meta["text"] + default, **how)
     given = vars(parser.parse_args(argv))
-    return cls(**((DEMO if given.get("data", "demo") == "demo" else {}) | given))
+    return cls(**((preset if given.get("data", cls.data) == "demo" else {}) | given))
 
-def resolve(config):
-    """Check every range, and settle what was left open (None, "auto"). Raises UserError."""
+def check_ranges(config):
+    """Raises UserError for a number outside its flag's range."""
     for item in fields(config):
         value, low, high = getattr(config, item.name), item.metadata["low"], item.metadata["high"]
         if low is not None and value is not None and not low <= value <= high:
             name = item.name.replace("_", "-")
             raise UserError(f"--{name} {value}: must be from {low} to {high}")
+
+def resolve(config):
+    """Check every setting, and settle what was left open (None, "auto"). Raises UserError."""
+    check_ranges(config)
     side = config.img_size // 16
     if config.img_size % 16:
         raise UserError(f"--img-size {config.img_size}: must be a multiple of the patch size, 16")
@@ -133,7 +137,7 @@ def resolve(config):
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    # Forked workers share the decoded images; a CPU that trains has no cores to spare.
+    # A CPU that trains has no cores to spare.
     workers = 0 if sys.platform != "linux" else 1 if name == "cpu" else min(16, os.cpu_count())
     amp = "bf16" if config.amp == "auto" and bf16_pays(device) else "fp32"
     settled = dict(device=name, workers=workers, amp=amp, knn_every=max(1, config.epochs // 10),
@@ -161,6 +165,10 @@ def status(text, final=False):
     terminal = sys.stdout.isatty()
     if terminal or final:
         print(f"\r\x1b[2K{text}" if terminal else text, end="\n" if final else "", flush=True)
+
+def time_left(started, done, total):
+    """The time left, as text, at the rate since `started`."""
+    return f"{(time.time() - started) / done * (total - done) / 60:.1f} min left"
 
 @dataclass
 class ImageSet:
@@ -191,16 +199,18 @@ class ImageSet:
         size = [max(1, round(length * scale)) for length in image.size]
         return TF.pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
 
-    def cache(self, gib):
+    def cache(self, indices, gib):
         """Decode images into memory, up to about `gib` GiB, so that no epoch decodes them again."""
         self.images, used, done = self.images or [None] * len(self), 0, 0
+        started, total = time.time(), len(indices)
         with ThreadPoolExecutor() as pool:
-            while done < len(self) and used < gib * 2**30:
-                chunk = slice(done, min(done + 256, len(self)))
-                self.images[chunk] = pool.map(self.load, range(chunk.start, chunk.stop))
-                used, done = used + sum(x.numel() for x in self.images[chunk]), chunk.stop
-                text = f"{done:,} of {len(self):,} images in memory, {used / 2**30:.1f} GiB"
-                status(text, final=done == len(self) or used >= gib * 2**30)
+            while done < total and used < gib * 2**30:
+                chunk = indices[done : done + 256]
+                for i, image in zip(chunk, pool.map(self.load, chunk)):
+                    self.images[i], used, done = image, used + image.numel(), done + 1
+                final = done == total or used >= gib * 2**30
+                text = f"{done:,} of {total:,} images in memory, {used / 2**30:.1f} GiB"
+                status(text if final else f"{text}, {time_left(started, done, total)}", final)
 
     def select(self, split):
         """Indices of `split`: "all", or names joined by +. Raises UserError for unknown names."""
@@ -243,6 +253,10 @@ def open_data(data, root="data"):
     names = [split for part, split in zip(parts, splits) for _ in range(len(part))]
     classes = getattr(parts[0], "classes", range(max(labels) + 1))  # unnamed in torchvision 0.21
     return ImageSet(paths, labels, names, [str(name) for name in classes])
+
+def decoding_side(config):
+    """`ImageSet.side` that enlarges no crop of `config.crop_scale`, in pixels."""
+    return math.ceil(config.img_size * max(256 / 224, config.crop_scale**-0.5))
 
 def image_folder(folder):
     """Any folder of images: train/ and val/ or test/ are splits; within a split, or without any,
@@ -332,13 +346,6 @@ def make_loader(crops, config, **batching):
                       pin_memory=config.device.startswith("cuda"), **batching)
 
 # ---- Views: colour pipelines in batches (sec. 3.2, App. C) -------------------------------------
-def rgb_to_grayscale(images):
-    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device).view(3, 1, 1)
-    return (images * weights).sum(1, keepdim=True).expand_as(images)
-
-def blend(images, other, share):
-    return (other + share * (images - other)).clamp(0, 1)
-
 def adjust_hue(images, shift):
     """HSV and back: channel n = 5, 3, 1 is V - C min(k, 4 - k, 1) with k = n + 6 H mod 6."""
     value, brightest = images.max(1, keepdim=True)
@@ -350,21 +357,21 @@ def adjust_hue(images, shift):
 
 def gaussian_blur(images, sigma):
     """The kernel is 9 pixels wide at 224 px, in proportion (odd, at least 3) elsewhere."""
-    batch, radius = len(images), max(1, round((images.shape[-1] * 9 / 224 - 1) / 2))
+    groups, radius = 3 * len(images), max(1, round((images.shape[-1] * 9 / 224 - 1) / 2))
     offset = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
     kernel = (kernel / kernel.sum(-1, keepdim=True)).repeat_interleave(3, 0)  # (3B, 1, 1, K)
     x = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]
-    x = F.conv2d(F.conv2d(x, kernel, groups=3 * batch), kernel.mT, groups=3 * batch)
-    return x.view_as(images)
+    return F.conv2d(F.conv2d(x, kernel, groups=groups), kernel.mT, groups=groups).view_as(images)
 
+gray = partial(TF.rgb_to_grayscale, num_output_channels=3)
 COLORS = {  # as in torchvision, of images (B, 3, H, W) in [0, 1] and a strength each, (B, 1, 1, 1)
-    "brightness": lambda x, factor: blend(x, 0, factor),
-    "contrast": lambda x, factor: blend(x, rgb_to_grayscale(x).mean((1, 2, 3), True), factor),
-    "saturation": lambda x, factor: blend(x, rgb_to_grayscale(x), factor),
+    "brightness": lambda x, f: (f * x).clamp(0, 1),
+    "contrast": lambda x, f: gray(x).mean((1, 2, 3), True).lerp(x, f).clamp(0, 1),
+    "saturation": lambda x, f: gray(x).lerp(x, f).clamp(0, 1),
     "hue": adjust_hue,
     "blur": gaussian_blur,
-    "grayscale": lambda x, _: rgb_to_grayscale(x)}
+    "grayscale": lambda x, _: gray(x)}
 
 def color_pipeline(images, draws, probability, rng):
     """Jitter, blur and grayscale in random order, an image at a time with `probability` (App. C).
@@ -397,10 +404,12 @@ def make_views(crops, draws, kind="different", probability=0.6, rng=None):
     return views[0], views[-1]
 
 # ---- Masks: True = hidden from the student, exactly int(ratio * Gh * Gw) patches (sec. 3.2) ----
-def draw_blocks(grid, count, generator=None):
-    """BEiT's blocks, possibly overlapping, until exactly `count` patches are set: (Gh, Gw) bool."""
+def blockwise_mask(grid, ratio=0.6, generator=None, inverse=False):
+    """Hidden (inverse: visible, as the released code) patches in BEiT's blocks: (Gh, Gw) bool."""
     height, width = grid
     smallest = max(1, round(16 * height * width / 196))
+    count = int(ratio * height * width)
+    count = height * width - count if inverse else count
     mask = torch.zeros(grid, dtype=torch.bool)
     while left := count - int(mask.sum()):
         for tries in torch.rand(10, 4, generator=generator).tolist():
@@ -416,17 +425,7 @@ def draw_blocks(grid, count, generator=None):
         else:  # ten tries in vain: single patches fill up to the exact count
             free = (~mask).flatten().nonzero().squeeze(1)
             mask.view(-1)[free[torch.randperm(len(free), generator=generator)[:left]]] = True
-    return mask
-
-def blockwise_mask(grid, ratio=0.6, generator=None):
-    """Hidden patches in blocks (the default): (Gh, Gw) bool."""
-    height, width = grid
-    return draw_blocks(grid, int(ratio * height * width), generator)
-
-def inverse_blockwise_mask(grid, ratio=0.6, generator=None):
-    """Visible patches in blocks (the released code): (Gh, Gw) bool."""
-    height, width = grid
-    return ~draw_blocks(grid, height * width - int(ratio * height * width), generator)
+    return ~mask if inverse else mask
 
 def random_mask(grid, ratio=0.6, generator=None):
     """Hidden patches anywhere: (Gh, Gw) bool."""
@@ -434,7 +433,8 @@ def random_mask(grid, ratio=0.6, generator=None):
     order = torch.randperm(height * width, generator=generator)
     return (order < int(ratio * height * width)).view(grid)
 
-MASKS = {"blockwise": blockwise_mask, "inverse": inverse_blockwise_mask, "random": random_mask}
+MASKS = {"blockwise": blockwise_mask, "inverse": partial(blockwise_mask, inverse=True),
+         "random": random_mask}
 
 # ---- Encoder: tokenizers, sparse (Table 3) or plain, and transformer (sec. 3.1, App. A.2) ------
 def enlarge(mask, x):
@@ -443,36 +443,32 @@ def enlarge(mask, x):
     return mask.repeat_interleave(x.shape[-1] // mask.shape[-1], -1)
 
 class SparseConv2d(nn.Conv2d):
-    """A convolution that neither sees nor fills hidden patches: mask and renormalise (sec. 3.1).
+    """A convolution without bias that neither sees nor fills hidden patches (sec. 3.1).
     forward(x (B, C, H, W), mask (B, 1, Gh, Gw) bool or None): hidden sites are zeroed, the dense
     result is divided by the visible share of the kernel's in-image taps (`renormalise`), and hidden
     sites are zeroed again: the pattern neither grows nor shrinks. Without a mask: nn.Conv2d."""
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False,
-                 renormalise=True):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+    def __init__(self, in_channels, out_channels, kernel_size, stride, padding, renormalise=True):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
         self.renormalise = renormalise
 
     def forward(self, x, mask=None):
         if mask is None:
             return super().forward(x)
         hidden = enlarge(mask, x)
-        x = F.conv2d(x.masked_fill(hidden, 0), self.weight, None, self.stride, self.padding)
+        x = super().forward(x.masked_fill(hidden, 0))
         if self.renormalise:
             window = (self.kernel_size, self.stride, self.padding)
             share = F.avg_pool2d((~hidden).to(x.dtype), *window, count_include_pad=False)
             x = x / share.masked_fill(share == 0, 1)
-        if self.bias is not None:
-            x = x + self.bias.view(-1, 1, 1)
         return x.masked_fill(enlarge(mask, x), 0)
 
 class SparseMaxBlurPool2d(nn.Module):
     """Anti-aliased max pooling (Zhang 2019), (B, C, H, W) -> (B, C, H/2, W/2), masks as above.
     Max of 2x2 at stride 1, where hidden sites never win, then a 3x3 binomial blur at stride 2.
-    `renormalise` changes nothing here: patches cover an even number of sites, so that each of the
-    nine taps around a visible site has a visible site in its window, and their share is 1."""
-    def __init__(self, channels, renormalise=True):
+    Nothing to renormalise: patches cover an even number of sites, so that each of the nine taps
+    around a visible site has a visible site in its window."""
+    def __init__(self, channels):
         super().__init__()
-        self.channels, self.renormalise = channels, renormalise
         row = torch.tensor([1.0, 2.0, 1.0])
         kernel = (row[:, None] * row / 16).expand(channels, 1, 3, 3)
         self.register_buffer("kernel", kernel, persistent=False)
@@ -481,7 +477,7 @@ class SparseMaxBlurPool2d(nn.Module):
         if mask is not None:
             x = x.masked_fill(enlarge(mask, x), torch.finfo(x.dtype).min)
         x = F.max_pool2d(x, 2, 1)
-        x = F.conv2d(x, self.kernel.to(x.dtype), stride=2, padding=1, groups=self.channels)
+        x = F.conv2d(x, self.kernel.to(x.dtype), stride=2, padding=1, groups=len(self.kernel))
         return x if mask is None else x.masked_fill(enlarge(mask, x), 0)
 
 class SparseConvTokenizer(nn.Module):
@@ -492,9 +488,9 @@ class SparseConvTokenizer(nn.Module):
         super().__init__()
         hidden_dim = hidden_dim or embed_dim // 6  # 64 for the width of 384
         self.conv1 = SparseConv2d(3, hidden_dim, 7, 2, 3, renormalise=renormalise)
-        self.pool1 = SparseMaxBlurPool2d(hidden_dim, renormalise)
+        self.pool1 = SparseMaxBlurPool2d(hidden_dim)
         self.conv2 = SparseConv2d(hidden_dim, embed_dim, 7, 2, 3, renormalise=renormalise)
-        self.pool2 = SparseMaxBlurPool2d(embed_dim, renormalise)
+        self.pool2 = SparseMaxBlurPool2d(embed_dim)
         nn.init.kaiming_normal_(self.conv1.weight)
         nn.init.kaiming_normal_(self.conv2.weight)
 
@@ -516,11 +512,13 @@ class PatchEmbed(nn.Module):
         tokens = self.conv(images).flatten(2).transpose(1, 2)
         return tokens if mask is None else tokens.masked_fill(mask[..., None], 0)
 
-def sincos_positions(height, width, dim):
-    """Fixed 2-D sin-cos positions of the integer grid indices: (height, width, dim) float32."""
-    frequency = 10000 ** (-torch.arange(dim // 4) / (dim // 4))
-    angle = torch.cartesian_prod(torch.arange(height), torch.arange(width))[..., None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], -1).view(height, width, dim)
+@cache
+def sincos_positions(height, width, dim, device="cpu"):
+    """Fixed 2-D sin-cos positions of the integer grid indices: (height * width, dim) float32."""
+    frequency = 10000 ** (-torch.arange(dim // 4, device=device) / (dim // 4))
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    angle = torch.cartesian_prod(rows, columns)[..., None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(1)
 
 class Attention(nn.Module):
     """Multi-head self-attention without bias: (B, N, D) -> (B, N, D)."""
@@ -578,7 +576,7 @@ class ViT(nn.Module):
     """Vision Transformer over a tokenizer: no class token, fixed positions, one mask token (Eq. 1).
     forward(images (B, 3, H, W), mask (B, N) bool or None) -> (B, N, D) after the final LayerNorm,
     for any H and W divisible by 16, otherwise ValueError. Further `options` go to every `Block`."""
-    def __init__(self, tokenizer, embed_dim=384, depth=12, num_heads=6, img_size=224, **options):
+    def __init__(self, tokenizer, embed_dim=384, depth=12, num_heads=6, **options):
         super().__init__()
         if embed_dim % num_heads or embed_dim % 4:
             raise UserError(f"heads, {num_heads}, and 4 must divide the width, {embed_dim}")
@@ -586,17 +584,12 @@ class ViT(nn.Module):
         self.block_options, self.dropout = options, options.get("dropout", 0.0)
         self.tokenizer = tokenizer
         self.mask_token = nn.Parameter(torch.randn(embed_dim) * 1e-6)
-        positions = sincos_positions(img_size // 16, img_size // 16, embed_dim)
-        self.register_buffer("positions", positions, persistent=False)
         self.blocks = make_blocks(depth, embed_dim, num_heads, **options)
 
     def grid_positions(self, images):
         """Positions (N, D) of the patches of `images`."""
         height, width = images.shape[-2] // 16, images.shape[-1] // 16
-        positions = self.positions[:height, :width]
-        if positions.shape[:2] != (height, width):
-            positions = sincos_positions(height, width, self.embed_dim).to(positions)
-        return positions.flatten(0, 1)
+        return sincos_positions(height, width, self.embed_dim, images.device)
 
     def forward(self, images, mask=None):
         if images.shape[-2] % 16 or images.shape[-1] % 16:
@@ -610,7 +603,7 @@ class ViT(nn.Module):
 SIZES = {  # width, depth, heads (Tables 4 and 11; the heads of 3 and 9 blocks are not stated)
     "tiny": (192, 4, 3), "3": (384, 3, 4), "7": (384, 7, 4), "9": (384, 9, 4), "12": (384, 12, 6)}
 
-def create_encoder(name, img_size=224, renormalise=True, **overrides):
+def create_encoder(name, renormalise=True, **overrides):
     """A new `ViT`: "scott-12/16" (sparse tokenizer), "vit-12/16" (patch embedding), other depths.
     overrides: `embed_dim`, `depth`, `num_heads`, a `Block`'s. Raises UserError for other names."""
     models = {f"{kind}-{size}/16": (kind, size) for kind in ("scott", "vit") for size in SIZES}
@@ -619,7 +612,7 @@ def create_encoder(name, img_size=224, renormalise=True, **overrides):
     kind, size = models[name]
     options = dict(zip(("embed_dim", "depth", "num_heads"), SIZES[size])) | overrides
     stem = partial(SparseConvTokenizer, renormalise=renormalise) if kind == "scott" else PatchEmbed
-    return ViT(stem(options["embed_dim"]), img_size=img_size, **options)
+    return ViT(stem(options["embed_dim"]), **options)
 
 # ---- MIM-JEPA (sec. 3.2) and its schedules (sec. 4.2, Table 6) ---------------------------------
 class MIMJEPA(nn.Module):
@@ -677,34 +670,69 @@ def lr_schedule(step, total_steps, warmup_steps=0, start=1e-6, peak=5e-4, end=1e
 weight_decay_schedule = partial(linear, start=0.04, end=0.4)
 ema_schedule = partial(linear, start=0.996, end=1.0)
 
+def create_optimizer(module, lr):
+    """AdamW of what needs gradients; vectors and biases are the group that is not `decayed`."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if (p.ndim > 1) == decayed], "decayed": decayed}
+              for decayed in (True, False)]
+    return torch.optim.AdamW(groups, lr=lr)
+
 # ---- Training: checkpoints, monitors (does it learn, does it collapse?), the run ---------------
 FORMAT = 1  # of last.pt; to be raised when its keys change
 
+def write_file(path, write):
+    """Call write(file) so that at any moment either the old or the new file is complete."""
+    with open(f"{path}.tmp", "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+def free_path(wanted):
+    """The path, or where that exists the first of "path-2", "path-3" ... (before an ending)."""
+    stem, suffix = os.path.splitext(wanted)
+    numbered = (Path(f"{stem}-{number}{suffix}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([Path(wanted)], numbered) if not path.exists())
+
 def save_checkpoint(path, config, epoch, step, objective, optimizer):
-    """Write a checkpoint so that at any moment either the old or the new file is complete."""
+    """Write all that a run needs to go on."""
     rng = {"cpu": torch.get_rng_state()}  # dropout; all other randomness is keyed by the seed
     if config.device.startswith("cuda"):
         rng["cuda"] = torch.cuda.get_rng_state(config.device)
     state = {"format": FORMAT, "config": asdict(config), "epoch": epoch, "step": step, "rng": rng}
-    for part in ("student", "teacher", "predictor"):
-        state[part] = getattr(objective, part).state_dict()
-    state["optimizer"] = optimizer.state_dict()
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    parts = {name: getattr(objective, name) for name in ("student", "teacher", "predictor")}
+    state |= {name: part.state_dict() for name, part in (parts | {"optimizer": optimizer}).items()}
+    write_file(path, partial(torch.save, state))
 
 def encoder_of(config):
     """The new, untrained encoder that the dict of a `Config` describes."""
     names = ("dropout", "attention_dropout", "drop_path", "renormalise", "residual_norm")
     options = {name: config[name] for name in names}
     options |= {"num_heads": config["heads"]} if config["heads"] else {}
-    return create_encoder(config["model"], config["img_size"], **options)
+    return create_encoder(config["model"], **options)
 
-def load_encoder(path, device="cpu", which=None):
-    """The frozen `ViT` of a checkpoint in eval mode: "teacher", "student", None = as configured."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+def load_checkpoint(path):
+    """The dict of a checkpoint; code in it is not run. Raises UserError for any other file."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":  # torch.save writes a zip archive
+                raise UserError(f"{path}: no checkpoint of scott.py; not loaded")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds code, which would be run; refused") from None
+    except RuntimeError:
+        raise UserError(f"{path}: cut short or damaged") from None
+    if not isinstance(checkpoint, dict) or not {"format", "config", "teacher"} <= set(checkpoint):
+        raise UserError(f"{path}: a checkpoint of other software, not of scott.py")
+    if checkpoint["format"] > FORMAT:
+        raise UserError(f"{path}: format {checkpoint['format']} is newer than this scott.py's")
+    return checkpoint
+
+def load_encoder(checkpoint, device="cpu", which=None):
+    """The frozen `ViT`, in eval mode, of a checkpoint or its path; which: None = as configured."""
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     encoder = encoder_of(checkpoint["config"])
     encoder.load_state_dict(checkpoint[which or checkpoint["config"]["which"]])
     return encoder.eval().requires_grad_(False).to(device)
@@ -714,14 +742,15 @@ def encode(encoder, images, indices, config):
     """Mean-pooled tokens of centre crops in eval mode: (len(indices), D) float32 on the CPU."""
     training, device, features = encoder.training, torch.device(config.device), []
     encoder.eval()
-    crops_of = Crops(images, config.img_size)
+    crops_of, started = Crops(images, config.img_size), time.time()
     for crops in make_loader(crops_of, config, sampler=indices, batch_size=config.batch_size):
+        crops = crops.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-            tokens = encoder(normalise(crops.to(device, non_blocking=True)))
-        features.append(tokens.float().mean(1))
-        status(f"encoding: {len(features) * config.batch_size} of {len(indices)} images")
+            features += encoder(normalise(crops)).float().mean(1)
+        done, total = len(features), len(indices)
+        status(f"encoding: {done:,} of {total:,} images, {time_left(started, done, total)}")
     encoder.train(training)
-    return torch.cat(features).cpu()
+    return torch.stack(features).cpu()
 
 def knn_scores(train, labels, test, classes, k=20, temperature=0.07):
     """Votes (n, classes) of the `k` nearest by cosine, each exp(similarity / temperature)."""
@@ -760,7 +789,7 @@ def train(config, objective=None):
     config = resolve(config)
     device = torch.device(config.device)
     images = open_data(config.data, config.root)
-    images.side = math.ceil(config.img_size / math.sqrt(config.crop_scale))  # enlarges no crop
+    images.side = decoding_side(config)
     indices = images.select(config.split)
     steps = len(indices) // config.batch_size
     total, warmup = config.epochs * steps, round(config.warmup_epochs * steps)
@@ -773,14 +802,10 @@ def train(config, objective=None):
     objective = objective or MIMJEPA(encoder_of(asdict(config)), config.predictor_depth)
     objective.to(device, memory_format=torch.channels_last)
     model = torch.compile(objective) if config.compile else objective
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if (p.ndim > 1) == many]} for many in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr)
+    optimizer = create_optimizer(objective, config.lr)
 
     name = f"runs/{Path(config.data).resolve().name}-{config.model.replace('/', '-')}"
-    wanted = Path(config.out or name)  # where that exists, a number is appended
-    numbered = (Path(f"{wanted}-{number}") for number in itertools.count(2))
-    folder = next(path for path in itertools.chain([wanted], numbered) if not path.exists())
+    folder = free_path(config.out or name)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -792,7 +817,7 @@ def train(config, objective=None):
     print(f"{config.model} ({size:,} parameters) on {len(indices):,} images of {config.data}, "
           f"{config.img_size} px: {config.epochs} epochs of {steps} steps, {config.device} "
           f"{config.amp}, to {folder}", flush=True)
-    images.cache(config.cache_gib)
+    images.cache(range(len(images)), config.cache_gib)
     untrained, text = monitor(objective.student, images, config)
     status(f"untrained: {text}", final=True)
     log = open(folder / "metrics.csv", "w", buffering=1, newline="")
@@ -811,8 +836,8 @@ def train(config, objective=None):
                          config.lr_flat)
         decay = weight_decay_schedule(step, total, start=config.wd_start, end=config.wd_end)
         momentum = ema_schedule(step, total, start=config.ema_start, end=config.ema_end)
-        optimizer.param_groups[0].update(lr=lr, weight_decay=decay)
-        optimizer.param_groups[1].update(lr=lr, weight_decay=0.0)  # mask token, the head's bias
+        for group in optimizer.param_groups:
+            group.update(lr=lr, weight_decay=decay * group["decayed"])
         crops = crops.to(device, non_blocking=True, memory_format=torch.channels_last)
         mask = mask.to(device, non_blocking=True)
         order = np.random.default_rng([config.seed, step])
@@ -834,7 +859,7 @@ def train(config, objective=None):
                    "lr": lr, "weight_decay": decay, "ema": momentum,
                    "images_per_s": round(done * config.batch_size / (time.time() - clock), 1)}
             text = "epoch {epoch} step {step} loss {loss:.4f} {images_per_s} images/s".format(**row)
-            text += f", {(now - started) / (step + 1) * (total - step - 1) / 60:.1f} min left"
+            text += ", " + time_left(started, step + 1, total)
             status(text)
             shown = now
         if done == steps:
@@ -853,22 +878,21 @@ def train(config, objective=None):
                             optimizer)
             saved = now
     log.close()
-    for which in ("teacher", "student"):
-        if which != config.which:  # that one was measured after the last epoch
-            other = monitor(getattr(objective, which), images, config)[1]
-        status(f"{which}: {words if which == config.which else other}", final=True)
-    minutes = (time.time() - started) / 60
-    print(f"""trained in {minutes:.1f} min; checkpoint, curves and views: {folder}
+    other = {"teacher": "student", "student": "teacher"}[config.which]
+    status(f"{other}: {monitor(getattr(objective, other), images, config)[1]}", final=True)
+    print(f"{config.which}: {words}")  # measured after the last epoch
+    print(f"""trained in {(time.time() - started) / 60:.1f} min; curves, views, checkpoint: {folder}
 A rising loss is no bad sign, the targets become richer: compare k-NN and rank with the untrained.
-next: encoder = scott.load_encoder("{folder}/last.pt"), or python scott.py --data path/to/images""")
+next: python probe.py --ckpt {folder}/last.pt, or python scott.py --data path/to/images""")
     return folder
 
-def main(argv=None):
-    """The command line; returns the exit code."""
+def main(argv=None, run=train, cls=Config):
+    """The command line of a program, `run(cls)`; returns the exit code."""
     try:
-        train(parse_config(argv))
+        run(parse_config(argv, cls))
     except UserError as error:
-        print(f"scott.py: error: {error}", file=sys.stderr)
+        text = str(error).split("UserError: ")[-1].strip()  # of a loader process: without its trace
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         return 2
     return 0
 

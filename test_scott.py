@@ -1,6 +1,6 @@
-"""Tests of scott.py: behaviour that someone relies on. `pytest -q test_scott.py`, about a minute.
+"""Tests of scott.py and probe.py: behaviour that someone relies on.
 
-Slow ones are left out; `pytest -q test_scott.py -m slow` runs them.
+`pytest -q test_scott.py` takes about a minute. Slow ones are left out; `pytest -q test_scott.py -m slow` runs them.
 """
 
 import copy
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
+import probe
 import scott
 
 SCOTT = str(Path(scott.__file__).resolve())
@@ -30,7 +31,7 @@ def seeded():
 
 
 def tiny_encoder(**options):
-    return scott.create_encoder("scott-tiny/16", 64, depth=2, embed_dim=48, num_heads=2, **options)
+    return scott.create_encoder("scott-tiny/16", depth=2, embed_dim=48, num_heads=2, **options)
 
 
 def random_patch_mask(batch=2, grid=(4, 4), ratio=0.6):
@@ -70,7 +71,7 @@ def test_patch_embedding_counts_are_within_the_papers_rounding():
 
 @pytest.mark.parametrize("name", ["scott-tiny/16", "vit-tiny/16"])
 def test_vit_takes_any_size_divisible_by_16(name):
-    encoder = scott.create_encoder(name, 96).eval()
+    encoder = scott.create_encoder(name).eval()
     for height, width in ((96, 96), (48, 160), (224, 32)):
         tokens = encoder(torch.randn(1, 3, height, width))
         assert tokens.shape == (1, height // 16 * (width // 16), 192)
@@ -79,11 +80,11 @@ def test_vit_takes_any_size_divisible_by_16(name):
         encoder(torch.randn(1, 3, 100, 96))
 
 
-def test_positions_do_not_depend_on_the_size_the_encoder_was_made_for():
-    small, large = scott.create_encoder("vit-tiny/16", 64), scott.create_encoder("vit-tiny/16", 160)
-    large.load_state_dict(small.state_dict())
-    images = torch.randn(1, 3, 128, 96)
-    assert torch.equal(small.eval()(images), large.eval()(images))
+def test_a_position_depends_on_row_and_column_alone():
+    small, large = scott.sincos_positions(2, 3, 48), scott.sincos_positions(4, 5, 48)
+    assert small.shape == (6, 48)
+    assert torch.equal(small.view(2, 3, 48), large.view(4, 5, 48)[:2, :3])
+    assert len(torch.unique(large, dim=0)) == 20
 
 
 def test_unknown_model_lists_the_known_ones():
@@ -95,7 +96,7 @@ def test_unknown_model_lists_the_known_ones():
 
 LAYERS = {
     "conv": lambda **kw: scott.SparseConv2d(3, 5, 7, 2, 3, **kw),
-    "pool": lambda **kw: scott.SparseMaxBlurPool2d(3, **kw),
+    "pool": lambda **kw: scott.SparseMaxBlurPool2d(3),
 }
 
 
@@ -443,7 +444,7 @@ def test_decoding_shrinks_to_the_side_and_the_cache_changes_nothing(tmp_path):
     images.side = 50
     plain = [images.load(i) for i in range(2)]
     assert plain[0].shape == (3, 50, 54)
-    images.cache(1.0)
+    images.cache(range(2), 1.0)
     assert all(image is not None for image in images.images)
     assert all(torch.equal(images.load(i), plain[i]) for i in range(2))
 
@@ -572,7 +573,7 @@ def test_training_takes_another_objective(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "loose", 17)
     config = scott.parse_config(["--data", "loose", "--model", "scott-tiny/16", *TINY])
-    folder = scott.train(config, Pixels(scott.create_encoder("scott-tiny/16", 32), 1))
+    folder = scott.train(config, Pixels(scott.create_encoder("scott-tiny/16"), 1))
     assert scott.load_encoder(folder / "last.pt").embed_dim == 192
 
 
@@ -606,6 +607,280 @@ def test_training_lowers_the_loss_on_a_fixed_batch():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+# ---- Probes ------------------------------------------------------------------------------------
+
+
+def fit_heads(train, test, classes, epochs=30, **heads):
+    """Fit on given tokens (n, N, D), both sets with labels: last accuracies of each head, in %."""
+    config = scott.Config(epochs=epochs, warmup_epochs=epochs / 5, batch_size=64, lr=0.005)
+    config.device, config.amp = "cpu", "fp32"
+
+    def batches(tokens, order):
+        return ((tokens[rows], rows) for rows in order.split(64))
+
+    heads = heads or {name: head(train[0].shape[-1], classes) for name, head in probe.HEADS.items()}
+    labels = train[1], test[1]
+    curves = probe.fit(
+        heads,
+        lambda epoch, order: batches(train[0], order),
+        lambda order: batches(test[0], order),
+        labels,
+        config,
+        evaluations=1,
+    )
+    return {name: curve[-1][1] for name, curve in curves.items()}
+
+
+def test_heads_read_a_label_that_is_there_and_guess_where_there_is_none():
+    classes, labels = 8, torch.arange(1024) % 8
+    tokens = torch.randn(1024, 9, 48)
+    tokens[:, :, :8] += 3 * F.one_hot(labels, classes)[:, None]
+    train, test = (tokens[:512], labels[:512]), (tokens[512:], labels[512:])
+    for result in fit_heads(train, test, classes).values():
+        assert result["top1"] == result["top5"] == result["per_class"] == 100
+    train, test = ((part[0], part[1][torch.randperm(512)]) for part in (train, test))
+    for result in fit_heads(train, test, classes).values():
+        assert abs(result["top1"] - 100 / classes) < 5  # 3.4 standard deviations
+        assert abs(result["top5"] - 500 / classes) < 7
+
+
+def test_the_attentive_head_finds_the_token_that_tells():
+    labels = torch.arange(1024) % 8
+    tokens = torch.randn(1024, 16, 48)
+    tokens[:, 3, :8] += 6 * F.one_hot(labels, 8)
+    tokens[:, 3, 8:12] += 4  # what tells it from the others
+    train, test = (tokens[:512], labels[:512]), (tokens[512:], labels[512:])
+    result = fit_heads(train, test, 8)
+    assert result["attentive"]["top1"] > 95 and result["linear"]["top1"] < 85
+
+
+def test_the_linear_head_is_within_a_point_of_bayes():
+    """Equally likely isotropic Gaussians whose means have one norm: the nearest mean is Bayes."""
+    classes, dim = 10, 32
+    means = torch.randn(classes, dim)
+    means = 2.0 * F.normalize(means - means.mean(1, keepdim=True), dim=1)
+    labels = torch.arange(24_000) % classes
+    x = means[labels] + torch.randn(len(labels), dim)
+    bayes = 100 * (torch.cdist(x, means).argmin(1) == labels)[8000:].float().mean().item()
+    train, test = (x[:8000, None], labels[:8000]), (x[8000:, None], labels[8000:])
+    heads = {"linear": probe.LinearHead(dim, classes)}
+    assert 50 < bayes < 90  # otherwise this says nothing
+    assert abs(fit_heads(train, test, classes, **heads)["linear"]["top1"] - bayes) < 1
+
+
+def test_the_attentive_head_is_cross_attention_written_out():
+    head = probe.AttentiveHead(24, 5).eval()
+    torch.nn.init.normal_(head.query)
+    tokens = torch.randn(3, 7, 24)
+    x = head.norm_tokens(tokens)
+    q, k, v = head.q(head.query).view(4, 6), head.k(x).view(3, 7, 4, 6), head.v(x).view(3, 7, 4, 6)
+    weights = (torch.einsum("hd,bnhd->bhn", q, k) / 6**0.5).softmax(-1)
+    z = head.query + head.proj(torch.einsum("bhn,bnhd->bhd", weights, v).flatten(1))
+    z = z + head.ffn(head.norm_ffn(z))
+    assert torch.allclose(head(tokens), head.head(head.norm(z)), atol=1e-5)
+
+
+def test_accuracies_by_hand():
+    labels = torch.tensor([0, 0, 0, 1, 3, 3])  # class 2 is not tested on
+    scores = torch.eye(8)[[0, 0, 1, 1, 3, 7]] + torch.eye(8)[labels] * 0.5
+    result = probe.accuracies(scores, labels)
+    assert result["top1"] == pytest.approx(100 * 4 / 6) and result["top5"] == 100
+    assert result["per_class"] == pytest.approx(100 * (2 / 3 + 1 + 1 / 2) / 3)
+    low, high = result["interval"]
+    assert (low, high) == pytest.approx((30.0, 90.3), abs=0.1)  # Wilson, from a table
+    many = probe.accuracies(torch.eye(2).repeat(500, 1), torch.tensor([0, 1]).repeat(500))
+    assert many["interval"] == pytest.approx([99.62, 100], abs=0.01)
+
+
+def test_tokens_in_memory_equal_those_computed_again(tmp_path):
+    save_images(tmp_path, 5)
+    images = scott.open_data(str(tmp_path))
+    config = scott.Config(img_size=32, batch_size=2, workers=0, device="cpu", amp="fp32")
+    calls = []
+    encoder = tiny_encoder().eval()
+    encoder.register_forward_hook(lambda *_: calls.append(1))
+    order = torch.tensor([4, 1, 0, 3, 2])
+    for gib, computed in ((1.0, 3), (0.0, 6)):
+        tokens = probe.FrozenTokens(encoder, images, range(5), config, copies=2, gib=gib)
+        calls.clear()
+        first = torch.cat([x for x, _ in tokens.batches(1, order)])
+        again = torch.cat([x for x, _ in tokens.batches(1, order.flip(0))]).flip(0)
+        assert len(calls) == computed
+        assert torch.allclose(first, again, atol=2e-3)  # float16
+        rows = torch.cat([rows for _, rows in tokens.batches(1, order)])
+        assert torch.equal(rows, order)
+    centre = torch.cat([x for x, _ in tokens.batches(0, torch.arange(5))])
+    plain = encoder(scott.normalise(torch.stack([scott.Crops(images, 32)[i] for i in range(5)])))
+    assert torch.allclose(centre, plain, atol=2e-2)
+    assert not torch.allclose(centre[order], first, atol=0.1)  # copy 1 is a random crop
+    assert torch.allclose(tokens.vectors(), plain.mean(1), atol=1e-2)
+
+
+def entries(folder):
+    return json.loads((folder / "probe.json").read_text())
+
+
+def test_probes_of_a_run_are_reported_and_appended(run, tmp_path, monkeypatch, capsys):
+    folder, _ = run
+    monkeypatch.chdir(folder.parent.parent)
+    flags = ["--ckpt", str(folder / "last.pt"), "--epochs", "3", "--copies", "2", "--workers", "0"]
+    flags += ["--amp", "fp32"]
+    assert probe.main(flags) == 0
+    printed = capsys.readouterr().out
+    first = entries(folder)
+    assert [entry["mode"] for entry in first] == ["linear", "attentive", "knn"]
+    assert "picked on the test set" in printed and "95 % interval" in printed
+    for entry in first:
+        result = entry["results"]
+        assert f"{result['top1']:.1f}" in printed
+        assert result["interval"][0] <= result["top1"] <= result["interval"][1] <= 100
+        assert entry["counts"] == {"train": 20, "test": 4, "classes": 2}
+        assert entry["settings"]["which"] == "teacher" and entry["seed"] == 0
+    assert first[0]["best_on_test"]["top1"] >= first[0]["results"]["top1"]
+    assert first[0]["settings"]["epochs"] == 3 and first[0]["settings"]["copies"] == 2
+    # k-NN is what the run's monitor said
+    monitored = list(csv.DictReader(open(folder / "metrics.csv")))[-1]["knn_top1"]
+    assert first[2]["results"]["top1"] == pytest.approx(float(monitored))
+    assert probe.main([*flags, "--mode", "linear"]) == 0
+    again = entries(folder)
+    assert again[:3] == first and len(again) == 4
+    assert again[3]["results"] == first[0]["results"]  # alone or with others, in memory or pooled
+    assert probe.main([*flags, "--mode", "knn", "--which", "student", "--out", str(tmp_path)]) == 0
+    assert entries(tmp_path)[0]["settings"]["which"] == "student" and entries(folder) == again
+
+
+def test_an_untrained_encoder_is_probed_and_trained_from_scratch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for kind, value in (("dark", 40), ("light", 200)):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for i in range(20):
+            noise = np.random.default_rng([value, i]).integers(-40, 40, (40, 40, 3)) + value
+            Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "data" / kind / f"{i}.png")
+    flags = ["--random-init", "vit-tiny/16", "--data", "data", "--img-size", "32", "--workers", "0"]
+    flags += ["--amp", "fp32", "--mode", "finetune", "knn", "--epochs", "15", "--batch-size", "8"]
+    assert probe.main(flags) == 0
+    knn, finetuned = entries(tmp_path / "runs/data-vit-tiny-16-untrained")
+    assert finetuned["mode"] == "finetune" and finetuned["results"]["top1"] == 100
+    assert finetuned["settings"]["which"] is None and finetuned["settings"]["lr"] == 5e-4
+    assert knn["best_on_test"] is None
+
+
+def test_components_show_the_object_and_its_parts():
+    """Tokens of a background, and of a disk with two halves: black around, two colours within."""
+    y, x = torch.meshgrid(torch.arange(8) - 3.5, torch.arange(8) - 3.5, indexing="ij")
+    inside, left = torch.hypot(y, x) < 3, x < 0
+    kind = torch.where(inside, torch.where(left, 1, 2), 0).expand(3, 8, 8)
+    for sign in (1, -1):  # whatever the components' sign
+        centres = torch.zeros(3, 16)
+        centres[0, 0], centres[1, 0], centres[2, 0] = -4 * sign, 4 * sign, 4 * sign
+        centres[1, 1], centres[2, 1] = 1, -1
+        colors = probe.token_colors(centres[kind] + 0.02 * torch.randn(3, 8, 8, 16))
+        assert colors.shape == (3, 8, 8, 3) and colors.min() >= 0 and colors.max() <= 1
+        assert (colors[kind == 0] == 0).all()
+        red = colors[..., 0]
+        assert (red[kind == 1].mean() - red[kind == 2].mean()).abs() > 0.8
+        assert red[kind == 1].std() < 0.1 and red[kind == 2].std() < 0.1
+
+
+def test_pca_pictures_and_exports_of_a_run(run, tmp_path, monkeypatch, capsys):
+    folder, _ = run
+    monkeypatch.chdir(folder.parent.parent)
+    save_images(tmp_path / "loose", 7)
+    paths = [str(path) for path in sorted((tmp_path / "loose").iterdir())]
+    flags = ["--ckpt", str(folder / "last.pt"), "--workers", "0", "--amp", "fp32"]
+    loose = str(tmp_path / "loose")
+    for _ in range(2):
+        assert probe.main([*flags, "--pca", str(tmp_path / "parts.png"), *paths]) == 0
+        assert probe.main([*flags, "--export", str(tmp_path / "v1.npz"), loose]) == 0
+    names = {path.name for path in tmp_path.iterdir()}  # nothing was overwritten
+    assert names == {"loose", "parts.png", "parts-2.png", "v1.npz", "v1-2.npz"}
+    assert Image.open(tmp_path / "parts.png").size == (7 * 34 + 2, 2 * 34 + 2)
+    data = np.load(tmp_path / "v1.npz", allow_pickle=False)
+    assert data["features"].shape == (7, 192) and data["features"].dtype == np.float32
+    assert data["paths"].tolist() == paths and (data["labels"] == -1).all()
+    assert len(data["classes"]) == 0
+    crop = scott.Crops(scott.open_data(loose), 32)[4]
+    expected = scott.load_encoder(folder / "last.pt")(scott.normalise(crop[None])).mean(1)[0]
+    assert torch.allclose(torch.tensor(data["features"][4]), expected, atol=1e-4)
+    # without images or a folder: some of one class, and all, of the data it was trained on
+    assert probe.main([*flags, "--pca", str(tmp_path / "own.png")]) == 0
+    assert Image.open(tmp_path / "own.png").size == (10 * 34 + 2, 2 * 34 + 2)
+    assert probe.main([*flags, "--export", str(tmp_path / "own.npz")]) == 0
+    data = np.load(tmp_path / "own.npz")
+    assert len(data["features"]) == 24 and data["classes"].tolist() == ["a", "b"]
+
+
+class Payload:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code of the checkpoint was run')",))
+
+
+def make_wrong_files(place, run):
+    whole = (run / "last.pt").read_bytes()
+    state = torch.load(run / "last.pt", weights_only=True)
+    (place / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (place / "empty.pt").write_bytes(b"")
+    (place / "text.pt").write_text("epoch 1 loss 0.5")
+    torch.save({"model": {}, "epoch": 3}, place / "foreign.pt")
+    torch.save(state | {"format": 99}, place / "newer.pt")
+    torch.save(state | {"extra": Payload()}, place / "code.pt")
+    save_images(place / "loose", 3)
+    for name in ("single/only", "damaged/a", "damaged/b", "sound/a", "sound/b"):
+        save_images(place / name, 6)
+    (place / "damaged/b/image2.png").write_bytes(b"no image")
+    (place / "nothing").mkdir()
+    (place / "bad").mkdir()
+    (place / "bad/probe.json").write_text("[{")
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("", "--ckpt FILE or --random-init MODEL"),
+        ("--ckpt GOOD --random-init vit-3/16", "--ckpt FILE or --random-init MODEL"),
+        ("--ckpt nosuch.pt", "nosuch.pt: No such file"),
+        ("--ckpt loose", "Is a directory"),
+        ("--ckpt cut.pt", "cut.pt: cut short"),
+        ("--ckpt empty.pt", "empty.pt: no checkpoint of scott.py"),
+        ("--ckpt text.pt", "text.pt: no checkpoint of scott.py"),
+        ("--ckpt foreign.pt", "foreign.pt: a checkpoint of other software"),
+        ("--ckpt newer.pt", "newer.pt: format 99 is newer"),
+        ("--ckpt code.pt", "code.pt: holds code"),
+        ("--ckpt GOOD --data loose", "at least two classes"),
+        ("--ckpt GOOD --data single", "at least two classes"),
+        ("--ckpt GOOD --data nothing", "no images in nothing"),
+        ("--ckpt GOOD --data damaged", "damaged/b/image2.png"),
+        ("--ckpt GOOD --data nosuch", "no folder nosuch"),
+        ("--ckpt GOOD --data sound --out bad", "bad/probe.json"),
+        ("--ckpt GOOD --data sound --out cut.pt", "--out cut.pt"),
+        ("--ckpt GOOD --lr nan", "--lr"),
+        ("--ckpt GOOD --copies -1", "--copies -1"),
+        ("--ckpt GOOD --img-size 50", "multiple of the patch size"),
+        ("--ckpt GOOD --mode magic", "invalid choice"),
+        ("--random-init scott-4/16 --data damaged", "scott-3/16"),
+        ("--ckpt GOOD --pca picture.jpg", "must end in .png"),
+        ("--ckpt GOOD --pca nowhere/picture.png", "in a folder that exists"),
+        ("--ckpt GOOD --pca picture.png damaged/b/image2.png", "damaged/b/image2.png"),
+        ("--ckpt GOOD --export vectors.npz nothing", "no images in nothing"),
+        ("--ckpt GOOD --export vectors.npz damaged --workers 1", "damaged/b/image2.png"),
+        ("--ckpt GOOD --export vectors.npz loose single", "one folder at most"),
+    ],
+)
+def test_mistakes_of_a_probe_are_one_line_and_exit_code_2(
+    run, tmp_path, monkeypatch, capsys, flags, says
+):
+    monkeypatch.chdir(tmp_path)
+    make_wrong_files(tmp_path, run[0])
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    try:
+        code = probe.main(flags.replace("GOOD", str(run[0] / "last.pt")).split())
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr().err
+    assert code == 2 and says in printed and printed.count("\n") == 1, printed
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # ---- The command line --------------------------------------------------------------------------

@@ -51,8 +51,9 @@ class ProbeConfig:
     epochs: int | None = flag(None, "default: 100; 300 from scratch", 1, 10**6)
     batch_size: int | None = flag(None, "default: 64; of a whole network the run's", 1, 10**6)
     lr: float | None = flag(None, "peak (default: 5e-4; fine-tuning 1e-4)", 0, 1)
-    copies: int | None = flag(None, "crops of each training image: 1 = its centre, 0 = new ones "
-                              "every epoch (default: 0 on a GPU, 10 on a CPU)", 0, 10**6)
+    copies: int | None = flag(None, "crops of each training image that are encoded once, 1 = the "
+                              "centre; 0 = new ones every epoch (default: 0 on a GPU, 10 on a CPU)",
+                              0, 10**6)
     cache_gib: float = flag(8.0, "memory for decoded images, and again for tokens, GiB", 0, 1e5)
     seed: int = flag(0, "of heads, order and crops, and of --random-init", 0, 2**31, group="run")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -90,8 +91,8 @@ def view_batches(images, indices, copy, order, config):
     keys = [int(i) if copy == 0 else (copy, int(i)) for i in indices]
     batches = order.split(config.batch_size)
     crops_of = scott.Crops(images, config.img_size, config.crop_scale, seed=config.seed)
-    loader = scott.make_loader(crops_of, config, batch_sampler=[
-        [keys[row] for row in rows] for rows in batches])
+    sampler = [[keys[row] for row in rows] for rows in batches]
+    loader = scott.make_loader(crops_of, config, batch_sampler=sampler)
     kind = "none" if config.views == "none" else "same"  # one treatment, or none
     for rows, batch in zip(batches, loader):
         crops = (batch if copy == 0 else batch[0]).to(device, non_blocking=True)
@@ -239,8 +240,8 @@ def fit(heads, train, test, labels, config, evaluations):
         for name in heads:
             curves[name].append((done, accuracies(torch.cat(scores[name]), labels[1])))
         text = ", ".join(f"{name} {curves[name][-1][1]['top1']:.1f} %" for name in heads)
-        scott.status(f"epoch {done} of {config.epochs}: loss {loss.item():.3f}, {text}, "
-                     f"{scott.time_left(started, done, config.epochs)}",
+        time_left = scott.time_left(started, done, config.epochs)
+        scott.status(f"epoch {done} of {config.epochs}: {text}, {time_left}",
                      final=done * 10 // config.epochs > epoch * 10 // config.epochs)
     return curves
 
@@ -256,14 +257,17 @@ def probe_frozen(encoder, images, split, labels, options, config):
     test = FrozenTokens(encoder, images, split[1], config, 1, gib, pooled)
     gib = max(0, gib - test.gib)
     train = FrozenTokens(encoder, images, split[0], config, max(1, copies), gib, pooled)
+
+    def train_batches(epoch, order):
+        return train.batches(epoch % copies if copies else epoch + 1, order)
+
     classes, results = len(images.classes), {}
     heads = {mode: HEADS[mode](encoder.embed_dim, classes) for mode in HEADS if mode in modes}
     if heads:
-        print(f"{' and '.join(heads)}: {epochs} epochs, {copies or 'new'} crops of each image, "
-              f"{min(train.kept, copies)} of them in memory", flush=True)
-        curves = fit(heads, lambda epoch, order: train.batches(
-            epoch % copies if copies else epoch + 1, order), partial(test.batches, 0),
-            labels, config, evaluations=epochs)
+        print(f"{' and '.join(heads)}: {epochs} epochs; crops of each training image: "
+              f"{copies or 'new every epoch'}, in memory: {min(train.kept, copies)}", flush=True)
+        test_batches = partial(test.batches, 0)
+        curves = fit(heads, train_batches, test_batches, labels, config, evaluations=epochs)
         settings = {"epochs": epochs, "batch_size": config.batch_size, "lr": config.lr,
                     "copies": copies}
         results = {mode: (settings, curve) for mode, curve in curves.items()}
@@ -279,11 +283,16 @@ def finetune(encoder, images, split, labels, options, config):
     lr = options.lr or (5e-4 if options.random_init else 1e-4)
     config = replace(config, epochs=epochs, warmup_epochs=warmup, lr=lr)
     print(f"finetune: {epochs} epochs of the whole network", flush=True)
+
+    def train_batches(epoch, order):
+        return view_batches(images, split[0], epoch + 1, order, config)
+
+    def test_batches(order):
+        return view_batches(images, split[1], 0, order, config)
+
     head = LinearHead(encoder.embed_dim, len(images.classes))
-    whole = nn.Sequential(encoder.requires_grad_(True), head)
-    curves = fit({"finetune": whole}, lambda epoch, order: view_batches(
-        images, split[0], epoch + 1, order, config), lambda order: view_batches(
-        images, split[1], 0, order, config), labels, config, evaluations=20)
+    whole = {"finetune": nn.Sequential(encoder.requires_grad_(True), head)}
+    curves = fit(whole, train_batches, test_batches, labels, config, evaluations=20)
     settings = {"epochs": epochs, "batch_size": config.batch_size, "lr": config.lr, "copies": 0}
     return {"finetune": (settings, curves["finetune"])}
 
@@ -304,12 +313,16 @@ def open_report(options, config):
         raise UserError(f"{path}: not a list, or not to be written; choose another --out")
     return path, entries
 
+def best_point(curve):
+    """(epoch, accuracies) of the highest top-1, of equals the earliest."""
+    return max(curve, key=lambda point: point[1]["top1"])
+
 def table(results):
     """The results of `probe_frozen` and `finetune` as text, last epoch first."""
     lines = [f"{'':10} {'top-1':>6} {'95 % interval':>15} {'top-5':>6} {'per class':>9}   "
              "best epoch, picked on the test set"]
     for mode, (_, curve) in results.items():
-        last, best = curve[-1][1], max(curve, key=lambda point: point[1]["top1"])
+        last, best = curve[-1][1], best_point(curve)
         low, high = last["interval"]
         text = "-" if best[0] is None else f"{best[1]['top1']:.1f} (epoch {best[0]})"
         lines.append(f"{mode:10} {last['top1']:6.1f} {f'{low:.1f} to {high:.1f}':>15} "
@@ -344,7 +357,7 @@ def probe(encoder, options, config):
     settings |= {name: getattr(config, name) for name in shared}
     path, entries = open_report(options, config)  # another probe may have written meanwhile
     for mode, (recipe, curve) in results.items():
-        epoch, best = max(curve, key=lambda point: point[1]["top1"])
+        epoch, best = best_point(curve)
         entries.append({
             "mode": mode, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "results": curve[-1][1],
@@ -372,10 +385,10 @@ def token_colors(tokens):
     The first component, signed so that borders are negative, tells the foreground; of the
     foreground, the first three components are red, green and blue; the background is black."""
     first = principal_components(tokens.flatten(0, 2), 1).view(tokens.shape[:3])
-    inside = torch.ones(tokens.shape[1:3], dtype=torch.bool)
-    inside[1:-1, 1:-1] = False
-    first = -first if first[:, inside].mean() > 0 else first
-    foreground = first > 0
+    border = torch.ones(tokens.shape[1:3], dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    first = -first if first[:, border].mean() > 0 else first
+    foreground = first >= 0
     colors = principal_components(tokens[foreground], 3)
     low, high = colors.quantile(0.02, 0), colors.quantile(0.98, 0)
     picture = torch.zeros(*tokens.shape[:3], 3)

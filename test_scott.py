@@ -1,6 +1,7 @@
 """Tests of scott.py and probe.py: behaviour that someone relies on.
 
-`pytest -q test_scott.py` takes about a minute. Slow ones are left out; `pytest -q test_scott.py -m slow` runs them.
+`pytest -q test_scott.py` takes about a minute. Slow ones are left out;
+`pytest -q test_scott.py -m slow` runs them.
 """
 
 import copy
@@ -716,6 +717,49 @@ def test_tokens_in_memory_equal_those_computed_again(tmp_path):
     assert torch.allclose(centre, plain, atol=2e-2)
     assert not torch.allclose(centre[order], first, atol=0.1)  # copy 1 is a random crop
     assert torch.allclose(tokens.vectors(), plain.mean(1), atol=1e-2)
+    second = torch.cat([x for x, _ in tokens.batches(2, order)])
+    assert not torch.allclose(second, first, atol=0.1)  # and copy 2 is another
+    pooled = probe.FrozenTokens(encoder, images, range(5), config, pooled=True)
+    assert torch.allclose(pooled.vectors(), plain.mean(1), atol=1e-2)
+    assert pooled.memory[0].shape == (5, 1, 48)
+
+
+def test_dropout_and_the_training_set_are_for_training_only():
+    class Spy(torch.nn.Linear):
+        def forward(self, x):
+            seen.add((self.training, int(x[0, 1])))
+            return super().forward(x)
+
+    seen = set()
+    sets = [torch.tensor([[0.0, kind]]).repeat(8, 1) for kind in (0, 1)]
+    labels = torch.arange(8) % 2
+    fit_heads((sets[0], labels), (sets[1], labels), 2, epochs=2, spy=Spy(2, 2))
+    assert seen == {(True, 0), (False, 1)}
+
+
+def test_the_table_has_the_last_epoch_first_and_names_the_best():
+    curve = [
+        (epoch, {"top1": x, "top5": x, "per_class": x, "interval": [x - 1, x + 1]})
+        for epoch, x in ((1, 50), (2, 40))
+    ]
+    _, row = probe.table({"linear": ({}, curve)}).splitlines()
+    assert row.split() == "linear 40.0 39.0 to 41.0 40.0 40.0 50.0 (epoch 1)".split()
+
+
+def test_fine_tuning_trains_the_encoder(tmp_path):
+    for name in "ab":
+        save_images(tmp_path / name, 5)
+    images = scott.open_data(str(tmp_path))
+    options = probe.ProbeConfig(random_init="vit-tiny/16", epochs=1)
+    config = scott.Config(img_size=32, batch_size=4, workers=0, device="cpu", amp="fp32")
+    encoder = tiny_encoder().requires_grad_(False)
+    before = copy.deepcopy(encoder)
+    split = images.evaluation_split()
+    labels = [torch.tensor(images.labels)[rows] for rows in split]
+    probe.finetune(encoder, images, split, labels, options, config)
+    for part in ("tokenizer", "blocks"):
+        pairs = zip(getattr(before, part).parameters(), getattr(encoder, part).parameters())
+        assert not any(torch.equal(a, b) for a, b in pairs)
 
 
 def entries(folder):

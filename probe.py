@@ -52,7 +52,7 @@ class ProbeConfig:
     batch_size: int | None = flag(None, "default: 64; of a whole network the run's", 1, 10**6)
     lr: float | None = flag(None, "peak (default: 5e-4; fine-tuning 1e-4)", 0, 1)
     copies: int | None = flag(None, "crops of each training image that are encoded once, 1 = the "
-                              "centre; 0 = new ones every epoch (default: 0 on a GPU, 10 on a CPU)",
+                              "centre; 0 = new ones every epoch (default: 0 on a GPU, 20 on a CPU)",
                               0, 10**6)
     cache_gib: float = flag(8.0, "memory for decoded images, and again for tokens, GiB", 0, 1e5)
     seed: int = flag(0, "of heads, order and crops, and of --random-init", 0, 2**31, group="run")
@@ -252,7 +252,7 @@ def probe_frozen(encoder, images, split, labels, options, config):
                      batch_size=options.batch_size or 64, lr=options.lr or 5e-4)
     copies = options.copies
     if copies is None:
-        copies = 10 if config.device == "cpu" else 0
+        copies = 20 if config.device == "cpu" else 0
     pooled, gib = "attentive" not in modes, options.cache_gib
     test = FrozenTokens(encoder, images, split[1], config, 1, gib, pooled)
     gib = max(0, gib - test.gib)

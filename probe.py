@@ -190,6 +190,7 @@ HEADS = {"linear": LinearHead, "attentive": AttentiveHead}
 def accuracies(scores, labels):
     """Scores (n, C), labels (n,) -> top-1 and its 95 % interval (Wilson's), top-5 and mean
     per-class accuracy, all in %."""
+    scores, labels = scores.cpu(), labels.cpu()  # float64 below, which not every device has
     n, classes, z = len(labels), scores.shape[1], 1.96
     hits = scores.topk(min(5, classes)).indices == labels[:, None]
     first, top1 = hits[:, 0].double(), hits[:, 0].double().mean().item()

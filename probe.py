@@ -371,7 +371,7 @@ def probe(encoder, options, config):
 # ---- Pictures and features ---------------------------------------------------------------------
 def output_path(wanted, ending):
     """Where to write: `wanted`, or with a number where that exists. Raises UserError."""
-    path = scott.free_path(wanted)
+    path = scott.free_path(wanted, ending)
     if path.suffix != ending or not path.parent.is_dir():
         raise UserError(f"{wanted}: must end in {ending}, in a folder that exists")
     return path

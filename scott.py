@@ -688,10 +688,10 @@ def write_file(path, write):
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
 
-def free_path(wanted):
-    """The path, or where that exists the first of "path-2", "path-3" ... (before an ending)."""
-    stem, suffix = os.path.splitext(wanted)
-    numbered = (Path(f"{stem}-{number}{suffix}") for number in itertools.count(2))
+def free_path(wanted, ending=""):
+    """The path, or where that exists the first of "path-2", "path-3" ... (before the ending)."""
+    stem = str(wanted).removesuffix(ending)
+    numbered = (Path(f"{stem}-{number}{ending}") for number in itertools.count(2))
     return next(path for path in itertools.chain([Path(wanted)], numbered) if not path.exists())
 
 def save_checkpoint(path, config, epoch, step, objective, optimizer):

@@ -647,6 +647,13 @@ def test_heads_read_a_label_that_is_there_and_guess_where_there_is_none():
         assert abs(result["top5"] - 500 / classes) < 7
 
 
+def test_a_free_path_keeps_dots_in_names_and_the_ending(tmp_path):
+    for name, ending, other in (("run.v1-12", "", "run.v1-12-2"), ("a.b.png", ".png", "a.b-2.png")):
+        assert scott.free_path(tmp_path / name, ending) == tmp_path / name
+        (tmp_path / name).touch()
+        assert scott.free_path(tmp_path / name, ending) == tmp_path / other
+
+
 def test_the_attentive_head_finds_the_token_that_tells():
     labels = torch.arange(1024) % 8
     tokens = torch.randn(1024, 16, 48)

@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -44,7 +45,7 @@ class ProbeConfig:
     random_init: str | None = flag(None, "instead of it: an untrained model, as scott-12/16")
     which: str | None = flag(None, "default: as the run says", choices=("teacher", "student"))
     mode: tuple[str, ...] = flag(("linear", "attentive", "knn"), "one or more of", group="probes",
-                                 choices=("linear", "attentive", "knn", "finetune"))
+                                 nargs="+", choices=("linear", "attentive", "knn", "finetune"))
     data: str | None = flag(None, "as in scott.py (default: the run's)")
     root: str | None = flag(None, "as in scott.py (default: the run's)")
     img_size: int | None = flag(None, "side of the input, pixels (default: the run's)", 16, 8192)
@@ -60,8 +61,10 @@ class ProbeConfig:
     amp: str = flag("auto", "arithmetic", choices=("auto", "bf16", "fp32"))
     workers: int | None = flag(None, "loader processes (default: by device)", 0, 256)
     out: str | None = flag(None, "folder of probe.json (default: the checkpoint's)")
-    pca: tuple[str, ...] = flag((), "OUT.png [IMAGE ...]: draw the tokens' components, no probes")
-    export: tuple[str, ...] = flag((), "OUT.npz [FOLDER]: write mean-pooled features, no probes")
+    pca: tuple[str, ...] = flag((), "OUT.png [IMAGE ...]: draw the tokens' components instead",
+                                nargs="+")
+    export: tuple[str, ...] = flag((), "OUT.npz [FOLDER]: write mean-pooled features instead",
+                                   nargs="+")
 
 def open_encoder(options):
     """(frozen encoder in eval mode, `scott.Config`): the run's settings, and what was given."""
@@ -87,24 +90,22 @@ def view_batches(images, indices, copy, order, config):
     """Yields (normalised images (B, 3, S, S), rows (B,)), both on the device, in the given order.
     indices: of the images; order: (n,) rows of `indices`; copy: 0 = centre crops, otherwise the
     number of a random crop, flip and colour treatment, as in pretraining."""
-    device, started, done = torch.device(config.device), time.time(), 0
+    device, done = torch.device(config.device), 0
     keys = [int(i) if copy == 0 else (copy, int(i)) for i in indices]
     batches = order.split(config.batch_size)
+    kind = "none" if config.views == "none" else "same"  # one treatment, or none
     crops_of = scott.Crops(images, config.img_size, config.crop_scale, seed=config.seed)
     sampler = [[keys[row] for row in rows] for rows in batches]
-    loader = scott.make_loader(crops_of, config, batch_sampler=sampler)
-    kind = "none" if config.views == "none" else "same"  # one treatment, or none
-    for rows, batch in zip(batches, loader):
+    for rows, batch in zip(batches, scott.make_loader(crops_of, config, batch_sampler=sampler)):
         crops = (batch if copy == 0 else batch[0]).to(device, non_blocking=True)
         if copy == 0:
             views = scott.normalise(crops)
         else:  # one order of the colours a copy: an image's view does not depend on its batch
             rng = np.random.default_rng([config.seed, copy])
             views = scott.make_views(crops, batch[1], kind, config.color_prob, rng)[0]
-        yield views.contiguous(memory_format=torch.channels_last), rows.to(device)
+        yield views, rows.to(device)
         done += len(rows)
-        time_left = scott.time_left(started, done, len(order))
-        scott.status(f"{done:,} of {len(order):,} images encoded, {time_left}")
+        scott.status(f"{done:,} of {len(order):,} images encoded", final=False)
 
 class FrozenTokens:
     """The tokens that a frozen encoder makes of some images' copies; float16 in memory, which is
@@ -134,10 +135,9 @@ class FrozenTokens:
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 tokens = self.encoder(views).float()
             tokens = tokens.mean(1, keepdim=True) if self.shape[1] == 1 else tokens
-            tokens = tokens.half()
             if keep:
-                store[rows] = tokens
-            yield tokens.float(), rows
+                store[rows] = tokens.half()
+            yield tokens, rows
         if keep:
             self.memory[copy] = store
 
@@ -185,6 +185,47 @@ class AttentiveHead(nn.Module):
         return self.head(self.norm(z))
 
 HEADS = {"linear": LinearHead, "attentive": AttentiveHead}
+
+# ---- Quick looks: what scott.py prints and logs while it trains --------------------------------
+def evaluation_split(images, seed=0):
+    """(train, test) indices of labelled images; None with fewer than two classes.
+    Tested on is the test split, otherwise val, otherwise a seeded and stratified fifth."""
+    labels, splits = np.array(images.labels), np.array(images.splits)
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(labels >= 0))
+    test = order[splits[order] == ("test" if "test" in splits[order] else "val")]
+    if len(test) in (0, len(order)):
+        test = order[np.argsort(labels[order], kind="stable")][4::5]
+    train = np.setdiff1d(order, test)
+    return (train, np.sort(test)) if len(test) and len(set(labels[train])) > 1 else None
+
+def knn_scores(train, labels, test, classes, k=20, temperature=0.07):
+    """Votes (n, classes) of the `k` nearest by cosine, each exp(similarity / temperature)."""
+    train, test = F.normalize(train, dim=-1), F.normalize(test, dim=-1)
+    similarity, nearest = zip(*((t @ train.T).topk(min(k, len(train))) for t in test.split(1024)))
+    votes = (torch.cat(similarity) / temperature).exp()
+    return votes.new_zeros(len(test), classes).scatter_add(1, labels[torch.cat(nearest)], votes)
+
+def effective_rank(features):
+    """exp of the entropy of the singular values' shares, centred features (n, D) (RankMe 2023)."""
+    sigma = torch.linalg.svdvals((features - features.mean(0)).double())
+    return torch.special.entr(sigma / sigma.sum()).sum().exp().item()
+
+def monitor(name, encoder, images, config):
+    """Print and return an encoder's feature_std, effective_rank and, with labels, knn_top1 in %."""
+    split = evaluation_split(images)
+    train, test = split or (np.random.default_rng(0).permutation(len(images))[:2048], [])
+    encoder = deepcopy(encoder).eval()
+    features = FrozenTokens(encoder, images, [*train, *test], config, pooled=True).vectors().cpu()
+    sample = features[:: max(1, len(features) // 2048)][:2048]
+    result = {"feature_std": sample.std(0).mean().item(), "effective_rank": effective_rank(sample)}
+    text = "rank {effective_rank:.1f}, deviation {feature_std:.3f}".format(**result)
+    if split:
+        labels, parts = torch.tensor(images.labels), features.split([len(train), len(test)])
+        scores = knn_scores(parts[0], labels[train], parts[1], len(images.classes))
+        result["knn_top1"] = 100 * (scores.argmax(1) == labels[test]).float().mean().item()
+        text = f"k-NN {result['knn_top1']:.1f} %, {text}"
+    scott.status(f"{name}: {text}")
+    return result
 
 # ---- Training and measuring --------------------------------------------------------------------
 def accuracies(scores, labels):
@@ -241,8 +282,8 @@ def fit(heads, train, test, labels, config, evaluations):
         for name in heads:
             curves[name].append((done, accuracies(torch.cat(scores[name]), labels[1])))
         text = ", ".join(f"{name} {curves[name][-1][1]['top1']:.1f} %" for name in heads)
-        time_left = scott.time_left(started, done, config.epochs)
-        scott.status(f"epoch {done} of {config.epochs}: {text}, {time_left}",
+        left = (time.time() - started) / done * (config.epochs - done) / 60
+        scott.status(f"epoch {done} of {config.epochs}: {text}, {left:.1f} min left",
                      final=done * 10 // config.epochs > epoch * 10 // config.epochs)
     return curves
 
@@ -273,7 +314,7 @@ def probe_frozen(encoder, images, split, labels, options, config):
                     "copies": copies}
         results = {mode: (settings, curve) for mode, curve in curves.items()}
     if "knn" in modes:
-        scores = scott.knn_scores(train.vectors(), labels[0], test.vectors(), classes)
+        scores = knn_scores(train.vectors(), labels[0], test.vectors(), classes)
         results["knn"] = {"k": 20, "temperature": 0.07}, [(None, accuracies(scores, labels[1]))]
     return results
 
@@ -332,9 +373,8 @@ def table(results):
 
 def probe(encoder, options, config):
     """Measure what `options.mode` asks for; print the table and append it to probe.json."""
-    images = scott.open_data(config.data, config.root)
-    images.side = scott.decoding_side(config)
-    split = images.evaluation_split()
+    images = scott.open_data(config)
+    split = evaluation_split(images)
     if split is None:
         raise UserError(f"{config.data}: a probe needs labelled images of at least two classes")
     open_report(options, config)
@@ -343,7 +383,8 @@ def probe(encoder, options, config):
     print(f"{config.model} ({what}) on {config.data}, {config.img_size} px: {len(split[0]):,} "
           f"training and {len(split[1]):,} test images of {len(images.classes)} classes, "
           f"{config.device} {config.amp}", flush=True)
-    images.cache([*split[0], *split[1]], config.cache_gib)
+    if wrong := images.cache([*split[0], *split[1]], config.cache_gib):
+        raise wrong[0]
     torch.manual_seed(config.seed)
     results, started = {}, time.time()
     if set(options.mode) - {"finetune"}:
@@ -365,7 +406,7 @@ def probe(encoder, options, config):
             "best_on_test": None if epoch is None else best | {"epoch": epoch},
             "settings": settings | recipe, "seed": config.seed, "counts": counts,
             "minutes": round((time.time() - started) / 60, 2), "torch": torch.__version__})
-    scott.write_file(path, lambda file: file.write((json.dumps(entries, indent=1) + "\n").encode()))
+    scott.write_file(path, json.dumps(entries, indent=1) + "\n")
     print(f"{(time.time() - started) / 60:.1f} min; appended to {path}")
 
 # ---- Pictures and features ---------------------------------------------------------------------
@@ -404,11 +445,10 @@ def draw_pca(encoder, options, config):
         images = scott.ImageSet(paths, [-1] * len(paths), [""] * len(paths), [])
         indices = range(len(paths))
     else:
-        images = scott.open_data(config.data, config.root)
+        images = scott.open_data(config)
         rows = np.random.default_rng(config.seed).permutation(len(images))
         labels = np.array(images.labels)
         indices = rows[labels[rows] == labels[rows[0]]][:10]
-    images.side = scott.decoding_side(config)
     crops_of, side = scott.Crops(images, config.img_size), config.img_size // 16
     crops = torch.stack([crops_of[int(i)] for i in indices])
     with torch.no_grad():
@@ -428,14 +468,15 @@ def export(encoder, options, config):
     path = output_path(wanted, ".npz")
     if len(folders) > 1:
         raise UserError(f"--export: one folder at most, not {len(folders)}")
-    images = scott.open_data(folders[0] if folders else config.data, config.root)
-    images.side = scott.decoding_side(config)
-    config = replace(config, batch_size=options.batch_size or 64)
-    features = scott.encode(encoder, images, range(len(images)), config).numpy()
+    config = replace(config, data=folders[0] if folders else config.data,
+                     batch_size=options.batch_size or 64)
+    images = scott.open_data(config)
+    tokens = FrozenTokens(encoder, images, range(len(images)), config, gib=0.0, pooled=True)
+    features = tokens.vectors().cpu().numpy()
     arrays = {"features": features, "paths": np.array(images.paths, dtype=str),
               "labels": np.array(images.labels), "classes": np.array(images.classes, dtype=str)}
     scott.write_file(path, partial(np.savez, **arrays))
-    scott.status(f"features {features.shape}, paths, labels and classes: {path}", final=True)
+    scott.status(f"features {features.shape}, paths, labels and classes: {path}")
 
 def run(options):
     """Do what the command line says. Raises UserError."""

@@ -1,7 +1,7 @@
 """SCOTT + MIM-JEPA: train a Vision Transformer from scratch on a few thousand unlabelled images.
 
 A reference implementation of "Escaping the Big Data Paradigm in Self-Supervised Representation
-Learning" (arXiv 2502.18056) in one file; section, table and equation numbers are the paper's.
+Learning" (arXiv 2502.18056), whose section, table and equation numbers are given.
 
     python scott.py                                  # demo: built-in data, minutes on a CPU
     python scott.py --data flowers102 --root data    # the paper's run
@@ -15,22 +15,22 @@ What is unusual here, in reading order:
 - A run tells whether it collapses: k-NN, rank and deviation beside the untrained encoder's.
 """
 
-import argparse
 import copy
-import csv
-import itertools
+import difflib
 import json
 import math
 import os
 import pickle
+import signal
 import sys
+import threading
 import time
 import typing
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
-from timeit import repeat
 
 import numpy as np
 import torch
@@ -38,17 +38,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, ops, transforms as T, utils
+from torchvision import datasets, ops, utils
+from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
 # ---- Config: the command line ------------------------------------------------------------------
 class UserError(ValueError):
     """A mistake in arguments or data; `main` prints it as one line and exits with code 2."""
 
-def flag(default, text, low=None, high=None, **more):
-    """A field that is a command-line flag; more: `choices`, `group` (a new section of --help)."""
-    return field(default=default, metadata={"text": text, "low": low, "high": high} | more)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+def unknown(name, known):
+    """What to tell of an unknown name."""
+    closest = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
+    return f"unknown, the closest is {closest}; there are {', '.join(known)}"
+
+def flag(default, text, low=None, high=None, group=None, **how):
+    """A field that is a command-line flag; group: a new section of --help; how: for argparse."""
+    return field(default=default, metadata=locals())
 
 @dataclass
 class Config:
@@ -92,66 +99,63 @@ class Config:
     compile: bool = flag(False, "torch.compile (on a CPU it needs a C++ compiler)")
     knn_every: int | None = flag(None, "epochs between monitors (default: ten a run)", 1, 10**6)
     save_minutes: float = flag(10.0, "minutes between checkpoints", 0, 10**6)
+    max_minutes: float = flag(1e6, "stop after so long; --resume goes on", 0, 1e6)
+    resume: str | None = flag(None, "go on: --out's run, or this file", nargs="?", const="")
 
 DEMO = dict(model="scott-tiny/16", img_size=64, crop_scale=0.5, dropout=0.0, attention_dropout=0.0,
             drop_path=0.0, predictor_depth=2, which="student", epochs=20, batch_size=32)
 
 def parse_config(argv=None, cls=Config):
     """Command line -> `cls`: its defaults, the demo's preset, then the flags that were given."""
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=sys.modules[cls.__module__].__doc__,
+                            formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; see --help\n")
-    preset = DEMO if issubclass(cls, Config) else {}
     for item in fields(cls):
         meta, kind = item.metadata, (typing.get_args(item.type) or [item.type])[0]
-        group = parser.add_argument_group(meta["group"]) if "group" in meta else group
-        demo = f"; demo: {preset[item.name]}" if item.name in preset else ""
-        default = "" if item.default in (None, ()) else f" (default: {item.default}{demo})"
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {
-            "type": kind, "choices": meta.get("choices"),
-            "nargs": "+" if typing.get_origin(item.type) is tuple else None}
-        group.add_argument("--" + item.name.replace("_", "-"), default=argparse.SUPPRESS,
-                           help=meta["text"] + default, **how)
+        group = parser.add_argument_group(meta["group"]) if meta["group"] else group
+        default = "" if item.default in (None, ()) else f" (default: {item.default})"
+        how = {"action": BooleanOptionalAction} if kind is bool else {"type": kind} | meta["how"]
+        group.add_argument("--" + item.name.replace("_", "-"), help=meta["text"] + default, **how)
     given = vars(parser.parse_args(argv))
-    return cls(**((preset if given.get("data", cls.data) == "demo" else {}) | given))
+    preset = DEMO if issubclass(cls, Config) and given.get("data", cls.data) == "demo" else {}
+    if "resume" in given:
+        given["resume"] = given["resume"] or os.path.join(given.get("out", ""), "last.pt")
+        saved = load_checkpoint(given["resume"])["config"] | {"max_minutes": 1e6}
+        preset = {item.name: saved[item.name] for item in fields(cls) if item.name in saved}
+    return cls(**(preset | given))
 
 def check_ranges(config):
     """Raises UserError for a number outside its flag's range."""
-    for item in fields(config):
-        value, low, high = getattr(config, item.name), item.metadata["low"], item.metadata["high"]
+    for f in fields(config):
+        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         if low is not None and value is not None and not low <= value <= high:
-            name = item.name.replace("_", "-")
-            raise UserError(f"--{name} {value}: must be from {low} to {high}")
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be from {low} to {high}")
 
 def resolve(config):
     """Check every setting, and settle what was left open (None, "auto"). Raises UserError."""
     check_ranges(config)
-    side = config.img_size // 16
+    patches = (config.img_size // 16) ** 2
     if config.img_size % 16:
         raise UserError(f"--img-size {config.img_size}: must be a multiple of the patch size, 16")
-    if not 0 < int(config.mask_ratio * side * side) < side * side:
-        raise UserError(f"--mask-ratio {config.mask_ratio}: hides none or all of {side**2} patches")
+    if not 0 < int(config.mask_ratio * patches) < patches:
+        raise UserError(f"--mask-ratio {config.mask_ratio}: hides none or all of {patches} patches")
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     name = str(best) if config.device == "auto" else config.device
+    name += f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""  # torchrun: a GPU each
     try:
-        device = torch.zeros(1, device=name).device
+        torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    linux = sys.platform == "linux"
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if name.startswith("cuda")
+            else linux and "bf16" in Path("/proc/cpuinfo").read_text())  # AVX512-BF16, AMX, ARM
     # A CPU that trains has no cores to spare.
-    workers = 0 if sys.platform != "linux" else 1 if name == "cpu" else min(16, os.cpu_count())
-    amp = "bf16" if config.amp == "auto" and bf16_pays(device) else "fp32"
-    settled = dict(device=name, workers=workers, amp=amp, knn_every=max(1, config.epochs // 10),
+    workers = 0 if not linux else 1 if name == "cpu" else min(16, os.cpu_count())
+    settled = dict(device=name, workers=workers, amp="bf16" if fast else "fp32",
+                   knn_every=max(1, config.epochs // 10),
                    warmup_epochs=min(40, config.epochs * 40 / 300))
     given = {key: value for key, value in asdict(config).items() if value not in (None, "auto")}
     return replace(config, **(settled | given))
-
-def bf16_pays(device):
-    """True where bf16 matrix products are far ahead of fp32 ones: AVX512-BF16, AMX, most GPUs."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    a = torch.ones(512, 512, device=device)
-    runs = [repeat(lambda x=x: (x @ x)[0, 0].item(), number=1, repeat=9) for x in (a, a.bfloat16())]
-    return min(runs[0]) > 1.5 * min(runs[1])
 
 # ---- Data: image sets, decoding, crops ---------------------------------------------------------
 TORCHVISION = {  # class, where it keeps the paths (it has no public way to them), splits, files
@@ -160,110 +164,106 @@ TORCHVISION = {  # class, where it keeps the paths (it has no public way to them
     "pets37": (datasets.OxfordIIITPet, "_images", ("trainval", "test"),
                "oxford-iiit-pet/ with images/, annotations/")}
 
-def status(text, final=False):
-    """Print a line that renews itself on a terminal; a log gets its final version only."""
+def status(text, final=True):
+    """Print a line; what is not final is for terminals only, where the next line replaces it."""
     terminal = sys.stdout.isatty()
     if terminal or final:
         print(f"\r\x1b[2K{text}" if terminal else text, end="\n" if final else "", flush=True)
 
-def time_left(started, done, total):
-    """The time left, as text, at the rate since `started`."""
-    return f"{(time.time() - started) / done * (total - done) / 60:.1f} min left"
-
 @dataclass
 class ImageSet:
     """Images, one list item each: labels (-1 = unknown) and splits ("" = none) with their file.
-    classes: names of the labels; images: uint8 (3, H, W) tensors where in memory, otherwise None;
-    side: the shorter side, in pixels, to which decoding shrinks larger images."""
+    classes: names of the labels; side: the shorter side, in pixels, to which decoding shrinks
+    larger images; images: those in memory, {index: uint8 (3, H, W)}."""
     paths: list
     labels: list
     splits: list
     classes: list
-    images: list = None
     side: int = 10**6
+    images: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.paths)
 
     def load(self, index):
         """Image `index`, uint8 (3, H, W), not to be written to. Raises UserError if unreadable."""
-        if self.images and self.images[index] is not None:
+        if index in self.images:
             return self.images[index]
         try:
             with Image.open(self.paths[index]) as image:
                 image.draft("RGB", (self.side, self.side))  # JPEG: decode at 1/2, 1/4 or 1/8
-                image = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits: scaled, not clipped
+                    image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype("u1"))
+                if image.has_transparency_data:
+                    white = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(white, image.convert("RGBA"))
+                image = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"cannot read the image {self.paths[index]}: {error}") from None
-        scale = min(1, self.side / min(image.size))
-        size = [max(1, round(length * scale)) for length in image.size]
-        return TF.pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
+        if min(image.size) > self.side:
+            image = ImageOps.cover(image, (self.side, self.side), Image.Resampling.BICUBIC)
+        long = 8 * min(image.size)  # beyond that only the middle, as RandomResizedCrop
+        return TF.center_crop(TF.pil_to_tensor(image), [min(n, long) for n in image.size[::-1]])
 
     def cache(self, indices, gib):
-        """Decode images into memory, up to about `gib` GiB, so that no epoch decodes them again."""
-        self.images, used, done = self.images or [None] * len(self), 0, 0
-        started, total = time.time(), len(indices)
+        """Read images once; keep them in memory up to about `gib` GiB. Where one cannot be read,
+        the next takes its place, without its label. Returns what was wrong with these; raises
+        UserError if it is more than one, and more than 1 % of all."""
+        used, wrong, total = 0, {}, len(indices)
         with ThreadPoolExecutor() as pool:
-            while done < total and used < gib * 2**30:
-                chunk = indices[done : done + 256]
-                for i, image in zip(chunk, pool.map(self.load, chunk)):
-                    self.images[i], used, done = image, used + image.numel(), done + 1
-                final = done == total or used >= gib * 2**30
-                text = f"{done:,} of {total:,} images in memory, {used / 2**30:.1f} GiB"
-                status(text if final else f"{text}, {time_left(started, done, total)}", final)
+            for start in range(0, total, 256):
+                chunk = [(i, pool.submit(self.load, i)) for i in indices[start : start + 256]]
+                for i, image in chunk:
+                    if isinstance(image.exception(), UserError):
+                        wrong[i] = image.exception()
+                        status(f"skipped: {wrong[i]}")
+                    elif used + image.result().numel() < gib * 2**30:
+                        self.images[i], used = image.result(), used + image.result().numel()
+                done = min(start + 256, total)
+                status(f"{done:,} of {total:,} images read, {used / 2**30:.1f} GiB", done == total)
+        if len(wrong) > max(1, total // 100) or len(wrong) == total:
+            raise UserError(f"{len(wrong)} of {total} images are unreadable, above the 1 % that is "
+                            f"skipped; first: {next(iter(wrong.values()))}")
+        for i in wrong:
+            other = next(j for j in [*range(i + 1, len(self)), *range(i)] if j not in wrong)
+            self.paths[i], self.labels[i] = self.paths[other], -1
+        return [*wrong.values()]
 
     def select(self, split):
         """Indices of `split`: "all", or names joined by +. Raises UserError for unknown names."""
-        known, wanted = set(self.splits) - {""}, set(split.split("+"))
-        if "trainval" in wanted - known:
-            wanted = wanted - {"trainval"} | {"train", "val"}
-        if split != "all" and wanted - known:
-            raise UserError(f"--split {split}: the data has {', '.join(sorted(known)) or 'none'}")
+        known = {"all", *self.splits, "trainval" if "train" in self.splits else ""} - {""}
+        wanted = set(split.replace("trainval", "trainval+train+val").split("+"))
+        if not known >= set(split.split("+")):
+            raise UserError(f"--split {split}: the data has {', '.join(sorted(known))}")
         return [i for i, name in enumerate(self.splits) if split == "all" or name in wanted]
 
-    def evaluation_split(self, seed=0):
-        """(train, test) indices of labelled images; None with fewer than two classes.
-        Tested on is the test split, otherwise val, otherwise a seeded and stratified fifth."""
-        labels, splits = np.array(self.labels), np.array(self.splits)
-        order = np.random.default_rng(seed).permutation(np.flatnonzero(labels >= 0))
-        held_out = "test" if "test" in splits[order] else "val"
-        if held_out in splits[order] and {"train", "trainval"} & set(splits[order]):
-            order = order[splits[order] != ""]
-            test = order[splits[order] == held_out]
-        else:
-            test = order[np.argsort(labels[order], kind="stable")][4::5]
-        train = np.setdiff1d(order, test)
-        return (train, np.sort(test)) if len(test) and len(set(labels[train])) > 1 else None
-
-def open_data(data, root="data"):
-    """The `ImageSet` that `--data` and `--root` name. Raises UserError if it is not there."""
-    if data == "demo":
+def open_data(config):
+    """The `ImageSet` that `--data` and `--root` name. Raises UserError if there is none."""
+    # Small enough for memory, large enough for no crop to be enlarged.
+    side = math.ceil(config.img_size * max(256 / 224, config.crop_scale**-0.5))
+    if config.data == "demo":
         return draw_flowers()
-    if data not in TORCHVISION:
-        return image_folder(Path(root, data) if data == "imagenet100" else Path(data))
-    dataset, attribute, splits, files = TORCHVISION[data]
+    if config.data not in TORCHVISION:
+        return image_folder(config, side)
+    dataset, attribute, splits, files = TORCHVISION[config.data]
     try:
-        parts = [dataset(root, split, download=True) for split in splits]
+        parts = [dataset(config.root, split, download=True) for split in splits]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"no {data}: put {files} into {root} ({error})") from None
-    paths = [str(path) for part in parts for path in getattr(part, attribute)]
-    if absent := [path for path in paths if not os.path.isfile(path)]:
-        raise UserError(f"{data}: {len(absent)} of {len(paths)} images missing: {absent[0]} ...")
-    labels = [label for part in parts for label in part._labels]
+        raise UserError(f"no {config.data}: put {files} into {config.root} ({error})") from None
     names = [split for part, split in zip(parts, splits) for _ in range(len(part))]
+    paths = [str(path) for part in parts for path in getattr(part, attribute)]
+    labels = [label for part in parts for label in part._labels]
     classes = getattr(parts[0], "classes", range(max(labels) + 1))  # unnamed in torchvision 0.21
-    return ImageSet(paths, labels, names, [str(name) for name in classes])
+    return ImageSet(paths, labels, names, [str(name) for name in classes], side)
 
-def decoding_side(config):
-    """`ImageSet.side` that enlarges no crop of `config.crop_scale`, in pixels."""
-    return math.ceil(config.img_size * max(256 / 224, config.crop_scale**-0.5))
-
-def image_folder(folder):
+def image_folder(config, side):
     """Any folder of images: train/ and val/ or test/ are splits; within a split, or without any,
     sub-folders that hold images are labels; images loose or nested deeper are unlabelled."""
+    folder = Path(config.root if config.data == "imagenet100" else "", config.data)
     if not folder.is_dir():
-        known = ", ".join(["demo", *TORCHVISION, "imagenet100"])
-        raise UserError(f"no folder {folder}, and no data set of that name among {known}")
+        known = ["demo", *TORCHVISION, "imagenet100"]
+        raise UserError(f"--data {config.data}: no folder, and {unknown(config.data, known)}")
     known = ("train", "val", "test") if (folder / "train").is_dir() else ("",)
     found, endings = [], (*datasets.folder.IMG_EXTENSIONS, ".gif")
     walk = os.walk(folder, followlinks=True)
@@ -276,74 +276,70 @@ def image_folder(folder):
     if not found:
         raise UserError(f"no images in {folder} (looked for {' '.join(endings)})")
     paths, labels, splits = map(list, zip(*found))
-    classes = sorted(set(labels) - {""})
-    numbers = {name: i for i, name in enumerate(classes)}
-    return ImageSet(paths, [numbers.get(label, -1) for label in labels], splits, classes)
+    classes, numbers = np.unique(["", *labels], return_inverse=True)  # "" is 0, to become -1
+    return ImageSet(paths, (numbers[1:] - 1).tolist(), splits, classes[1:].tolist(), side)
 
 def draw_flowers(count=3072, size=128):
     """The demo: flowers of 3 to 6 petals, round or pointed (8 classes); the last third is test."""
     generator = torch.Generator().manual_seed(0)
-    axis, images, labels = torch.linspace(-1, 1, size), [], torch.arange(count) % 8
-    sector, yellow = torch.tensor([[5.0, 3, 1], [0.85, 0.65, 0.1]]).view(2, 3, 1, 1)
+    axis, images, labels = torch.linspace(-1, 1, size), {}, torch.arange(count) % 8
+    thirds, green, yellow = torch.tensor(
+        [[0, 2, 4], [0.30, 0.45, 0.19], [0.85, 0.65, 0.1]]).view(3, 3, 1, 1)
     def uniform(low, high, cells=1):
-        return low + (high - low) * torch.rand(len(kind), 1, cells, cells, generator=generator)
-    def texture(cells):
-        return F.interpolate(uniform(-1, 1, cells), (size, size), mode="bicubic")
+        noise = torch.rand(len(kind), 1, cells, cells, generator=generator)
+        return low + (high - low) * F.interpolate(noise, size if cells > 1 else 1, mode="bicubic")
     for kind in labels.view(-1, 1, 1, 1).split(256):
         x, y = axis - uniform(-0.25, 0.25), axis[:, None] - uniform(-0.25, 0.25)
         radius, turn = torch.hypot(x, y) / uniform(0.6, 0.9), torch.atan2(y, x) / math.pi
         across = ((turn + uniform(0, 2)) * (3 + kind // 2) % 2 - 1).abs()  # 1: between petals
         edge = 1 - 0.75 * torch.where(kind % 2 == 1, across, across**4)
-        hue = (sector + uniform(0, 6).floor() + uniform(-0.2, 0.2)) % 6
-        shade = 0.9 - 0.25 * across - 0.25 * radius + 0.05 * texture(24)
-        petal = shade * (1 - 0.75 * torch.minimum(hue, 4 - hue).clamp(0, 1))
-        light = uniform(0.3, 0.54) + 0.1 * texture(5) + 0.1 * texture(20)
-        ground = light * torch.cat([uniform(0.5, 0.9), uniform(0.9, 1.2), uniform(0.3, 0.6)], 1)
-        picture = torch.lerp(ground, petal, ((edge - radius) * 25).clamp(0, 1))
-        disk = ((0.24 - radius) * 40).clamp(0, 1)
-        picture = torch.lerp(picture, yellow * (0.9 + 0.3 * texture(40)), disk)
-        images += (picture.clamp(0, 1) * 255).byte().unbind()
+        hue = 0.6 + 0.4 * torch.cos(math.pi / 3 * (uniform(0, 6).floor() - thirds))
+        petal = hue * (0.9 - 0.25 * across - 0.25 * radius + uniform(-0.05, 0.05, 24))
+        ground = green * (uniform(0.7, 1.3) + uniform(-0.25, 0.25, 5) + uniform(-0.25, 0.25, 20))
+        disk = yellow * uniform(0.6, 1.2, 40)
+        picture = torch.where(radius < 0.24, disk, torch.where(radius < edge, petal, ground))
+        images |= enumerate((picture.clamp(0, 1) * 255).byte(), len(images))
     classes = [f"{n} {shape} petals" for n in (3, 4, 5, 6) for shape in ("round", "pointed")]
     splits = ["train" if i < count * 2 / 3 else "test" for i in range(count)]
-    return ImageSet([f"demo {i}" for i in range(count)], labels.tolist(), splits, classes, images)
+    return ImageSet([f"demo {i}" for i in images], labels.tolist(), splits, classes, images=images)
 
-class Crops(Dataset):
+class Crops(torch.utils.data.Dataset):
     """Item (epoch, index), keyed by both and the seed: a random crop and flip (App. C), uint8
     (3, S, S); uniform numbers (2, 10) for the colours of its two views; a mask (N,) bool.
     Item index: the centre crop of the image resized to 256/224 of the size."""
     def __init__(self, images, size, crop_scale=0.2, mask=None, ratio=0.6, seed=0):
-        self.images, self.size, self.crop_scale, self.seed = images, size, crop_scale, seed
-        self.mask, self.ratio = mask or blockwise_mask, ratio
+        self.images, self.seed, bicubic = images, seed, T.InterpolationMode.BICUBIC
+        self.mask = partial(mask or blockwise_mask, (size // 16, size // 16), ratio)
+        self.centre = T.Compose([T.Resize(round(size * 256 / 224), bicubic), T.CenterCrop(size)])
+        self.crop = T.Compose([T.RandomResizedCrop(size, (crop_scale, 1), interpolation=bicubic),
+                               T.RandomHorizontalFlip()])
 
     def __getitem__(self, key):
-        size, bicubic = [self.size, self.size], T.InterpolationMode.BICUBIC
         if not isinstance(key, tuple):
-            image = TF.resize(self.images.load(key), round(self.size * 256 / 224), bicubic)
-            return TF.center_crop(image, size)
-        image = self.images.load(key[1])
+            return self.centre(self.images.load(key))
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
-            seed = np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]
-            torch.default_generator.manual_seed(int(seed))
-            box = T.RandomResizedCrop.get_params(image, (self.crop_scale, 1), (3 / 4, 4 / 3))
-            flip, draws = torch.rand(()) < 0.5, torch.rand(2, 10)
-            mask = self.mask((self.size // 16, self.size // 16), self.ratio)
-        crop = TF.resized_crop(image, *box, size, bicubic)
-        return TF.horizontal_flip(crop) if flip else crop, draws, mask.flatten()
+            torch.default_generator.manual_seed(hash((self.seed, *key)))
+            return self.crop(self.images.load(key[1])), torch.rand(2, 10), self.mask().flatten()
 
-def epoch_batches(indices, batch_size, start, total, seed):
-    """Lists of (epoch, index) for the steps `start` to `total`; an epoch's last bit is dropped."""
+def epoch_batches(indices, batch_size, start, total, seed, rank=0, processes=1):
+    """For the steps `start` to `total`, the (epoch, index) of one process; a rest is dropped."""
     steps = len(indices) // batch_size
     for step in range(start, total):
         epoch, position = divmod(step, steps)
         if position == 0 or step == start:
             order = np.random.default_rng([seed, epoch]).permutation(indices).tolist()
-        yield [(epoch, i) for i in order[position * batch_size : (position + 1) * batch_size]]
+        batch = order[position * batch_size : (position + 1) * batch_size]
+        yield [(epoch, i) for i in batch[rank::processes]]
 
 def make_loader(crops, config, **batching):
     """A DataLoader whose processes are forked on Linux, so that they share the decoded images."""
+    def detach(_):  # what ends the group is for the main process, which finishes its step
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     context = "fork" if config.workers and sys.platform == "linux" else None
-    return DataLoader(crops, num_workers=config.workers, multiprocessing_context=context,
-                      pin_memory=config.device.startswith("cuda"), **batching)
+    batching |= {"multiprocessing_context": context, "pin_memory": config.device.startswith("cuda")}
+    return torch.utils.data.DataLoader(crops, num_workers=config.workers,
+                                       worker_init_fn=detach, **batching)
 
 # ---- Views: colour pipelines in batches (sec. 3.2, App. C) -------------------------------------
 def adjust_hue(images, shift):
@@ -374,7 +370,7 @@ COLORS = {  # as in torchvision, of images (B, 3, H, W) in [0, 1] and a strength
     "grayscale": lambda x, _: gray(x)}
 
 def color_pipeline(images, draws, probability, rng):
-    """Jitter, blur and grayscale in random order, an image at a time with `probability` (App. C).
+    """Jitter, blur and grayscale in random order, each image with `probability` (App. C).
     images: (B, 3, H, W) in [0, 1]; draws: an image's own uniform numbers, (B, 10), on the CPU; rng:
     numpy Generator for the order, one a batch. An operation touches the images that drew it."""
     chance = torch.tensor([0.8, 0.8, 0.8, 0.8, 0.3, 0.1])
@@ -391,17 +387,17 @@ def color_pipeline(images, draws, probability, rng):
     return images
 
 def normalise(images):
-    """uint8, or float in [0, 1] -> standardised by ImageNet's mean and deviation, float32."""
+    """uint8, or float in [0, 1] -> float32 standardised by ImageNet's colours, channels last."""
     images = images.float() / 255 if images.dtype == torch.uint8 else images
-    return TF.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    images = TF.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    return images.contiguous(memory_format=torch.channels_last)
 
 def make_views(crops, draws, kind="different", probability=0.6, rng=None):
     """uint8 crops (B, 3, S, S), draws (B, 2, 10) on the CPU -> normalised views a and b."""
-    if kind == "none":
-        return (normalise(crops),) * 2
-    colored = draws.unbind(1)[: 1 if kind == "same" else 2]
-    views = [normalise(color_pipeline(crops.float() / 255, d, probability, rng)) for d in colored]
-    return views[0], views[-1]
+    count = {"none": 0, "same": 1, "different": 2}[kind]
+    views = [color_pipeline(crops.float() / 255, draws[:, i], probability, rng)
+             for i in range(count)] or [crops]
+    return normalise(views[0]), normalise(views[-1])
 
 # ---- Masks: True = hidden from the student, exactly int(ratio * Gh * Gw) patches (sec. 3.2) ----
 def blockwise_mask(grid, ratio=0.6, generator=None, inverse=False):
@@ -416,12 +412,11 @@ def blockwise_mask(grid, ratio=0.6, generator=None, inverse=False):
             area = smallest + tries[0] * (left - smallest)
             aspect = 0.3 ** (2 * tries[1] - 1)  # log-uniform in [0.3, 1 / 0.3]
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h <= height and w <= width:
-                y, x = int(tries[2] * (height - h + 1)), int(tries[3] * (width - w + 1))
-                block = mask[y : y + h, x : x + w]
-                if 0 < int((~block).sum()) <= left:
-                    block.fill_(True)
-                    break
+            y, x = int(tries[2] * (height - h + 1)), int(tries[3] * (width - w + 1))
+            block = mask[y : y + h, x : x + w]
+            if h <= height and w <= width and 0 < int((~block).sum()) <= left:
+                block.fill_(True)
+                break
         else:  # ten tries in vain: single patches fill up to the exact count
             free = (~mask).flatten().nonzero().squeeze(1)
             mask.view(-1)[free[torch.randperm(len(free), generator=generator)[:left]]] = True
@@ -429,12 +424,11 @@ def blockwise_mask(grid, ratio=0.6, generator=None, inverse=False):
 
 def random_mask(grid, ratio=0.6, generator=None):
     """Hidden patches anywhere: (Gh, Gw) bool."""
-    height, width = grid
-    order = torch.randperm(height * width, generator=generator)
-    return (order < int(ratio * height * width)).view(grid)
+    order = torch.randperm(grid[0] * grid[1], generator=generator).view(grid)
+    return order < int(ratio * grid[0] * grid[1])
 
-MASKS = {"blockwise": blockwise_mask, "inverse": partial(blockwise_mask, inverse=True),
-         "random": random_mask}
+inverse_blockwise_mask = partial(blockwise_mask, inverse=True)
+MASKS = {"blockwise": blockwise_mask, "inverse": inverse_blockwise_mask, "random": random_mask}
 
 # ---- Encoder: tokenizers, sparse (Table 3) or plain, and transformer (sec. 3.1, App. A.2) ------
 def enlarge(mask, x):
@@ -443,35 +437,35 @@ def enlarge(mask, x):
     return mask.repeat_interleave(x.shape[-1] // mask.shape[-1], -1)
 
 class SparseConv2d(nn.Conv2d):
-    """A convolution without bias that neither sees nor fills hidden patches (sec. 3.1).
+    """A convolution that neither sees nor fills hidden patches (sec. 3.1).
     forward(x (B, C, H, W), mask (B, 1, Gh, Gw) bool or None): hidden sites are zeroed, the dense
     result is divided by the visible share of the kernel's in-image taps (`renormalise`), and hidden
     sites are zeroed again: the pattern neither grows nor shrinks. Without a mask: nn.Conv2d."""
-    def __init__(self, in_channels, out_channels, kernel_size, stride, padding, renormalise=True):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False,
+                 renormalise=True):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         self.renormalise = renormalise
 
     def forward(self, x, mask=None):
         if mask is None:
             return super().forward(x)
         hidden = enlarge(mask, x)
-        x = super().forward(x.masked_fill(hidden, 0))
+        x = self._conv_forward(x.masked_fill(hidden, 0), self.weight, None)
         if self.renormalise:
             window = (self.kernel_size, self.stride, self.padding)
             share = F.avg_pool2d((~hidden).to(x.dtype), *window, count_include_pad=False)
             x = x / share.masked_fill(share == 0, 1)
+        x = x if self.bias is None else x + self.bias[:, None, None]
         return x.masked_fill(enlarge(mask, x), 0)
 
 class SparseMaxBlurPool2d(nn.Module):
     """Anti-aliased max pooling (Zhang 2019), (B, C, H, W) -> (B, C, H/2, W/2), masks as above.
     Max of 2x2 at stride 1, where hidden sites never win, then a 3x3 binomial blur at stride 2.
-    Nothing to renormalise: patches cover an even number of sites, so that each of the nine taps
-    around a visible site has a visible site in its window."""
-    def __init__(self, channels):
+    Nothing to renormalise: as patches have an even side, all taps around a visible site see one."""
+    def __init__(self, channels, renormalise=True):
         super().__init__()
-        row = torch.tensor([1.0, 2.0, 1.0])
-        kernel = (row[:, None] * row / 16).expand(channels, 1, 3, 3)
-        self.register_buffer("kernel", kernel, persistent=False)
+        kernel = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 16
+        self.register_buffer("kernel", kernel.expand(channels, 1, 3, 3), persistent=False)
 
     def forward(self, x, mask=None):
         if mask is not None:
@@ -501,15 +495,14 @@ class SparseConvTokenizer(nn.Module):
         x = self.pool2(F.relu(self.conv2(x, mask)), mask)
         return x.flatten(2).transpose(1, 2)
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(nn.Conv2d):
     """ViT's patch embedding, one 16x16 convolution; `forward` as in `SparseConvTokenizer`."""
     def __init__(self, embed_dim=384):
-        super().__init__()
-        self.conv = nn.Conv2d(3, embed_dim, 16, 16, bias=False)
-        nn.init.kaiming_normal_(self.conv.weight)
+        super().__init__(3, embed_dim, 16, 16, bias=False)
+        nn.init.kaiming_normal_(self.weight)
 
     def forward(self, images, mask=None):
-        tokens = self.conv(images).flatten(2).transpose(1, 2)
+        tokens = super().forward(images).flatten(2).transpose(1, 2)
         return tokens if mask is None else tokens.masked_fill(mask[..., None], 0)
 
 @cache
@@ -549,16 +542,14 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, (B, N, D) -> (B, N, D); `layer`, from 1, scales its start.
     residual_norm: LayerNorm the residual stream itself between the halves, as the released code."""
-    def __init__(self, dim, num_heads, layer=1, dropout=0.0, attention_dropout=0.0, drop_path=0.0,
-                 residual_norm=False):
+    def __init__(self, dim, num_heads, layer=1, drop_path=0.0, residual_norm=False, **dropouts):
         super().__init__()
         self.drop_path, self.residual_norm = drop_path, residual_norm
-        self.attention = Attention(dim, num_heads, dropout, attention_dropout)
+        self.attention = Attention(dim, num_heads, **dropouts)
         self.ffn = SwiGLU(dim)
-        for part in (self.attention.qkv, self.attention.proj, self.ffn.gate_value, self.ffn.proj):
-            nn.init.trunc_normal_(part.weight, std=0.02)
-        self.attention.proj.weight.data /= math.sqrt(2 * layer)
-        self.ffn.proj.weight.data /= math.sqrt(2 * layer)
+        for name, weight in self.named_parameters():
+            nn.init.trunc_normal_(weight, std=0.02)
+            weight.data /= math.sqrt(2 * layer) if name.endswith("proj.weight") else 1
 
     def forward(self, x):
         drop = partial(ops.stochastic_depth, p=self.drop_path, mode="row", training=self.training)
@@ -580,9 +571,8 @@ class ViT(nn.Module):
         super().__init__()
         if embed_dim % num_heads or embed_dim % 4:
             raise UserError(f"heads, {num_heads}, and 4 must divide the width, {embed_dim}")
-        self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
+        self.tokenizer, self.embed_dim, self.num_heads = tokenizer, embed_dim, num_heads
         self.block_options, self.dropout = options, options.get("dropout", 0.0)
-        self.tokenizer = tokenizer
         self.mask_token = nn.Parameter(torch.randn(embed_dim) * 1e-6)
         self.blocks = make_blocks(depth, embed_dim, num_heads, **options)
 
@@ -603,16 +593,23 @@ class ViT(nn.Module):
 SIZES = {  # width, depth, heads (Tables 4 and 11; the heads of 3 and 9 blocks are not stated)
     "tiny": (192, 4, 3), "3": (384, 3, 4), "7": (384, 7, 4), "9": (384, 9, 4), "12": (384, 12, 6)}
 
-def create_encoder(name, renormalise=True, **overrides):
+def create_encoder(name, img_size=224, heads=None, renormalise=True, **overrides):
     """A new `ViT`: "scott-12/16" (sparse tokenizer), "vit-12/16" (patch embedding), other depths.
-    overrides: `embed_dim`, `depth`, `num_heads`, a `Block`'s. Raises UserError for other names."""
+    img_size: where it will start; every multiple of 16 works at any time. overrides: `embed_dim`,
+    `depth`, a `Block`'s options. Raises UserError for other names."""
     models = {f"{kind}-{size}/16": (kind, size) for kind in ("scott", "vit") for size in SIZES}
     if name not in models:
-        raise UserError(f"--model {name}: unknown; there are {', '.join(models)}")
+        raise UserError(f"--model {name}: {unknown(name, models)}")
     kind, size = models[name]
     options = dict(zip(("embed_dim", "depth", "num_heads"), SIZES[size])) | overrides
+    options |= {"num_heads": heads} if heads else {}
     stem = partial(SparseConvTokenizer, renormalise=renormalise) if kind == "scott" else PatchEmbed
     return ViT(stem(options["embed_dim"]), **options)
+
+def encoder_of(config):
+    """The new, untrained encoder that the dict of a `Config` describes."""
+    return create_encoder(config["model"], config["img_size"], **{name: config[name] for name in (
+        "heads", "renormalise", "dropout", "attention_dropout", "drop_path", "residual_norm")})
 
 # ---- MIM-JEPA (sec. 3.2) and its schedules (sec. 4.2, Table 6) ---------------------------------
 class MIMJEPA(nn.Module):
@@ -632,8 +629,7 @@ class MIMJEPA(nn.Module):
         self.train()
 
     def train(self, mode=True):
-        super().train(mode)
-        self.teacher.eval()  # no dropout in the targets
+        super().train(mode).teacher.eval()  # no dropout in the targets
         return self
 
     def forward(self, view_a, view_b, mask):
@@ -662,10 +658,8 @@ def lr_schedule(step, total_steps, warmup_steps=0, start=1e-6, peak=5e-4, end=1e
         return linear(step, warmup_steps + 1, start, peak)
     last = total_steps - 1
     decay_start = warmup_steps + flat * (last - warmup_steps)
-    if step < last and step <= decay_start:
-        return peak
-    share = 1 if step >= last else (step - decay_start) / (last - decay_start)
-    return end + (peak - end) * (1 + math.cos(math.pi * share)) / 2
+    share = (step - decay_start) / max(1e-9, last - decay_start) if step < last else 1
+    return peak if share <= 0 else end + (peak - end) * (1 + math.cos(math.pi * share)) / 2
 
 weight_decay_schedule = partial(linear, start=0.04, end=0.4)
 ema_schedule = partial(linear, start=0.996, end=1.0)
@@ -677,47 +671,39 @@ def create_optimizer(module, lr):
               for decayed in (True, False)]
     return torch.optim.AdamW(groups, lr=lr)
 
-# ---- Training: checkpoints, monitors (does it learn, does it collapse?), the run ---------------
-FORMAT = 1  # of last.pt; to be raised when its keys change
+# ---- Training: files, and the run --------------------------------------------------------------
+FORMAT = 2  # of last.pt; to be raised when its keys change
+FREE = ("out", "root", "device", "workers", "cache_gib", "compile", "which", "knn_every",
+        "save_minutes", "max_minutes", "resume")  # settings that do not change the weights
 
-def write_file(path, write):
-    """Call write(file) so that at any moment either the old or the new file is complete."""
-    with open(f"{path}.tmp", "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+def write_file(path, content):
+    """Write a text, or what content(file) writes: at any moment the old or the new file is there,
+    and complete. Raises UserError, for a full disk say. Of several processes, the first writes."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's own
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} (what was there is untouched): {error}") from None
 
 def free_path(wanted, ending=""):
     """The path, or where that exists the first of "path-2", "path-3" ... (before the ending)."""
     stem = str(wanted).removesuffix(ending)
-    numbered = (Path(f"{stem}-{number}{ending}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([Path(wanted)], numbered) if not path.exists())
-
-def save_checkpoint(path, config, epoch, step, objective, optimizer):
-    """Write all that a run needs to go on."""
-    rng = {"cpu": torch.get_rng_state()}  # dropout; all other randomness is keyed by the seed
-    if config.device.startswith("cuda"):
-        rng["cuda"] = torch.cuda.get_rng_state(config.device)
-    state = {"format": FORMAT, "config": asdict(config), "epoch": epoch, "step": step, "rng": rng}
-    parts = {name: getattr(objective, name) for name in ("student", "teacher", "predictor")}
-    state |= {name: part.state_dict() for name, part in (parts | {"optimizer": optimizer}).items()}
-    write_file(path, partial(torch.save, state))
-
-def encoder_of(config):
-    """The new, untrained encoder that the dict of a `Config` describes."""
-    names = ("dropout", "attention_dropout", "drop_path", "renormalise", "residual_norm")
-    options = {name: config[name] for name in names}
-    options |= {"num_heads": config["heads"]} if config["heads"] else {}
-    return create_encoder(config["model"], **options)
+    names = (f"{stem}-{n}{ending}" if n > 1 else wanted for n in range(1, sys.maxsize))
+    return next(path for path in map(Path, names) if not path.exists())
 
 def load_checkpoint(path):
     """The dict of a checkpoint; code in it is not run. Raises UserError for any other file."""
     try:
         with open(path, "rb") as file:
-            if file.read(2) != b"PK":  # torch.save writes a zip archive
-                raise UserError(f"{path}: no checkpoint of scott.py; not loaded")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            packed = file.read(2) == b"PK"  # torch.save writes a zip archive
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if packed else None
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     except pickle.UnpicklingError:
@@ -725,9 +711,10 @@ def load_checkpoint(path):
     except RuntimeError:
         raise UserError(f"{path}: cut short or damaged") from None
     if not isinstance(checkpoint, dict) or not {"format", "config", "teacher"} <= set(checkpoint):
-        raise UserError(f"{path}: a checkpoint of other software, not of scott.py")
-    if checkpoint["format"] > FORMAT:
-        raise UserError(f"{path}: format {checkpoint['format']} is newer than this scott.py's")
+        raise UserError(f"{path}: of other software, not a checkpoint of scott.py")
+    if checkpoint["format"] != FORMAT:
+        age = "newer" if checkpoint["format"] > FORMAT else "older"
+        raise UserError(f"{path}: of a {age} scott.py, format {checkpoint['format']} not {FORMAT}")
     return checkpoint
 
 def load_encoder(checkpoint, device="cpu", which=None):
@@ -737,59 +724,47 @@ def load_encoder(checkpoint, device="cpu", which=None):
     encoder.load_state_dict(checkpoint[which or checkpoint["config"]["which"]])
     return encoder.eval().requires_grad_(False).to(device)
 
-@torch.no_grad()
-def encode(encoder, images, indices, config):
-    """Mean-pooled tokens of centre crops in eval mode: (len(indices), D) float32 on the CPU."""
-    training, device, features = encoder.training, torch.device(config.device), []
-    encoder.eval()
-    crops_of, started = Crops(images, config.img_size), time.time()
-    for crops in make_loader(crops_of, config, sampler=indices, batch_size=config.batch_size):
-        crops = crops.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-            features += encoder(normalise(crops)).float().mean(1)
-        done, total = len(features), len(indices)
-        status(f"encoding: {done:,} of {total:,} images, {time_left(started, done, total)}")
-    encoder.train(training)
-    return torch.stack(features).cpu()
+ROW = "epoch step loss lr weight_decay ema images_per_s feature_std effective_rank knn_top1".split()
 
-def knn_scores(train, labels, test, classes, k=20, temperature=0.07):
-    """Votes (n, classes) of the `k` nearest by cosine, each exp(similarity / temperature)."""
-    train, test = F.normalize(train, dim=-1), F.normalize(test, dim=-1)
-    similarity, nearest = zip(*((t @ train.T).topk(min(k, len(train))) for t in test.split(1024)))
-    votes = (torch.cat(similarity) / temperature).exp()
-    return votes.new_zeros(len(test), classes).scatter_add(1, labels[torch.cat(nearest)], votes)
+def noting_signals(batches, noted):
+    """The batches; meanwhile SIGNALS do not end the program, but are added to the list `noted`."""
+    numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {n: signal.signal(n, lambda number, _: noted.append(number)) for n in numbers}
+    try:
+        yield from batches
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-def effective_rank(features):
-    """exp of the entropy of the singular values' shares, centred features (n, D) (RankMe 2023)."""
-    sigma = torch.linalg.svdvals((features - features.mean(0)).double())
-    return torch.special.entr(sigma / sigma.sum()).sum().exp().item()
-
-def monitor(encoder, images, config):
-    """An encoder's feature_std, effective_rank and, with labels, knn_top1 in %; and as text."""
-    split = images.evaluation_split()
-    sample = np.random.default_rng(0).permutation(len(images))[:2048]
-    train, test = split or (sample, sample[:0])
-    features = encode(encoder, images, [*train, *test], config)
-    sample = features[:: max(1, len(features) // 2048)][:2048]
-    result = {"feature_std": sample.std(0).mean().item(), "effective_rank": effective_rank(sample)}
-    text = "rank {effective_rank:.1f}, deviation {feature_std:.3f}".format(**result)
-    if split:
-        labels, parts = torch.tensor(images.labels), features.split([len(train), len(test)])
-        scores = knn_scores(parts[0], labels[train], parts[1], len(images.classes))
-        result["knn_top1"] = 100 * (scores.argmax(1) == labels[test]).float().mean().item()
-        text = f"k-NN {result['knn_top1']:.1f} %, {text}"
-    return result, text
-
-COLUMNS = ("epoch", "step", "loss", "lr", "weight_decay", "ema", "images_per_s", "feature_std",
-           "effective_rank", "knn_top1")
+def continue_from(checkpoint, config, parts):
+    """Load the states of all `parts`, {name: module}. Raises UserError if it is another run."""
+    saved, now = checkpoint["config"], asdict(config)
+    if config.epochs > saved["epochs"]:
+        print(f"{config.epochs} epochs instead of {saved['epochs']}: the schedules are new from "
+              f"step {checkpoint['step']}")
+        saved = saved | {"epochs": config.epochs}
+    other = [f"--{name.replace('_', '-')} {now[name]} (there {saved.get(name)})"
+             for name in now if name not in FREE and now[name] != saved.get(name)]
+    if other:
+        raise UserError(f"{config.resume} is a run with other settings: {', '.join(other)}")
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name])
 
 def train(config, objective=None):
     """Pretrain as `config` says; returns the run's folder. Raises UserError.
-    objective: another method with the calls and parts of `MIMJEPA`."""
-    config = resolve(config)
-    device = torch.device(config.device)
-    images = open_data(config.data, config.root)
-    images.side = decoding_side(config)
+    objective: another method with the calls and parts of `MIMJEPA`. Under torchrun, each process
+    takes its share of every batch, and the first one writes and prints."""
+    from probe import monitor  # not at the top, because probe.py starts from this file
+    begun, config = time.time(), resolve(config)
+    device, cuda = torch.device(config.device), config.device.startswith("cuda")
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size % processes:
+        raise UserError(f"--batch-size {config.batch_size}: {processes} processes cannot share it")
+    if processes > 1:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    images = open_data(config)
     indices = images.select(config.split)
     steps = len(indices) // config.batch_size
     total, warmup = config.epochs * steps, round(config.warmup_epochs * steps)
@@ -801,86 +776,103 @@ def train(config, objective=None):
     torch.manual_seed(config.seed)
     objective = objective or MIMJEPA(encoder_of(asdict(config)), config.predictor_depth)
     objective.to(device, memory_format=torch.channels_last)
-    model = torch.compile(objective) if config.compile else objective
     optimizer = create_optimizer(objective, config.lr)
-
+    parts = dict(objective.named_children()) | {"optimizer": optimizer}
     name = f"runs/{Path(config.data).resolve().name}-{config.model.replace('/', '-')}"
-    folder = free_path(config.out or name)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from None
-    config = replace(config, out=str(folder))
+    folder, state = free_path(config.out or name), {"step": 0, "rows": [], "loss": 0.0}
+    if Path(config.out or name).is_file():
+        raise UserError(f"--out {config.out or name}: is a file, not a folder")
+    if config.resume:
+        folder, state = Path(config.resume).parent, load_checkpoint(config.resume)
+        continue_from(state, config, parts)
+    config, start, rows = replace(config, out=str(folder)), state["step"], state["rows"]
+    if start == total:
+        print(f"{folder} is finished, {config.epochs} epochs; a larger --epochs goes on")
+        return folder
+    model = objective if processes == 1 else nn.parallel.DistributedDataParallel(objective)
+    model = torch.compile(model) if config.compile else model
+
+    images.cache(range(len(images)), config.cache_gib)
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    (folder / "config.json").write_text(json.dumps(asdict(config) | versions, indent=2) + "\n")
+    write_file(folder / "config.json", json.dumps(asdict(config) | versions, indent=2) + "\n")
     size = sum(p.numel() for p in objective.student.parameters())
     print(f"{config.model} ({size:,} parameters) on {len(indices):,} images of {config.data}, "
           f"{config.img_size} px: {config.epochs} epochs of {steps} steps, {config.device} "
           f"{config.amp}, to {folder}", flush=True)
-    images.cache(range(len(images)), config.cache_gib)
-    untrained, text = monitor(objective.student, images, config)
-    status(f"untrained: {text}", final=True)
-    log = open(folder / "metrics.csv", "w", buffering=1, newline="")
-    metrics = csv.DictWriter(log, COLUMNS)
-    metrics.writeheader()
-    metrics.writerow({"epoch": 0, "step": 0} | untrained)
+    if not rows:
+        rows = [{"epoch": 0, "step": 0} | monitor("untrained", objective.student, images, config)]
 
     crops_of = Crops(images, config.img_size, config.crop_scale, MASKS[config.mask],
                      config.mask_ratio, config.seed)
-    batches = epoch_batches(indices, config.batch_size, 0, total, config.seed)
-    loader = make_loader(crops_of, config, batch_sampler=batches)
+    batches = epoch_batches(indices, config.batch_size, start, total, config.seed, rank, processes)
+    loader, noted = make_loader(crops_of, config, batch_sampler=batches), []
     started = saved = shown = clock = time.time()
-    losses = torch.zeros((), device=device)  # summed on the device: no step waits for its loss
-    for step, (crops, draws, mask) in enumerate(loader):
+    since, losses = start, torch.tensor(state["loss"], device=device)
+    for step, (crops, draws, mask) in enumerate(noting_signals(loader, noted), start):
         lr = lr_schedule(step, total, warmup, config.lr_start, config.lr, config.lr_end,
                          config.lr_flat)
         decay = weight_decay_schedule(step, total, start=config.wd_start, end=config.wd_end)
         momentum = ema_schedule(step, total, start=config.ema_start, end=config.ema_end)
         for group in optimizer.param_groups:
             group.update(lr=lr, weight_decay=decay * group["decayed"])
-        crops = crops.to(device, non_blocking=True, memory_format=torch.channels_last)
-        mask = mask.to(device, non_blocking=True)
-        order = np.random.default_rng([config.seed, step])
-        view_a, view_b = make_views(crops, draws, config.views, config.color_prob, order)
+        crops, mask = (x.to(device, non_blocking=True) for x in (crops, mask))
+        rng = np.random.default_rng([config.seed, step])
+        view_a, view_b = make_views(crops, draws, config.views, config.color_prob, rng)
         if step == 0:
             hidden = enlarge(mask.unflatten(1, (1, config.img_size // 16, -1)), view_a)
-            rows = torch.cat([view_a[:8], view_b[:8], view_a.masked_fill(hidden, 0)[:8]]).cpu()
-            utils.save_image(rows, folder / "preview.png", nrow=len(rows) // 3, normalize=True)
+            pictures = torch.cat([view_a[:8], view_b[:8], view_a.masked_fill(hidden, 0)[:8]])
+            write_file(folder / "preview.png", partial(
+                utils.save_image, pictures, format="png", nrow=len(pictures) // 3, normalize=True))
+        torch.manual_seed(hash((config.seed, step, rank)))  # of dropout
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
             loss = model(view_a, view_b, mask)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         objective.update_teacher(momentum)
-        losses += loss.detach()
+        losses += loss.detach()  # on the device: most steps do not wait for their loss
+
         done, now = step % steps + 1, time.time()
-        if done == steps or (sys.stdout.isatty() and now - shown > 1):
-            row = {"epoch": step // steps + 1, "step": step + 1, "loss": losses.item() / done,
-                   "lr": lr, "weight_decay": decay, "ema": momentum,
-                   "images_per_s": round(done * config.batch_size / (time.time() - clock), 1)}
+        stop = noted[0] if noted else int(now - begun > 60 * config.max_minutes)
+        if processes > 1:  # all stop after the same step
+            agreed = torch.tensor(stop)
+            torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
+            stop = agreed.item()
+        save = step + 1 == total or stop or now - saved > 60 * config.save_minutes
+        if save or done == steps or now - shown > 1 or device.type == "cpu":
+            if not all(x.isfinite().all() for x in (losses, *objective.parameters())):
+                raise UserError(f"the loss or a weight is not finite by step {step + 1}, learning "
+                                f"rate {lr:g}. Try a lower --lr or --amp fp32; last.pt is older")
+            shown, row = now, {
+                "epoch": step // steps + 1, "step": step + 1, "loss": losses.item() / done,
+                "lr": lr, "weight_decay": decay, "ema": momentum,
+                "images_per_s": round((step + 1 - since) * config.batch_size / (now - clock), 1)}
             text = "epoch {epoch} step {step} loss {loss:.4f} {images_per_s} images/s".format(**row)
-            text += ", " + time_left(started, step + 1, total)
-            status(text)
-            shown = now
+            left = (now - started) / (step + 1 - start) * (total - step - 1) / 60
+            status(f"{text}, {left:.1f} min left", final=done == steps)
         if done == steps:
-            if row["epoch"] % config.knn_every == 0 or step + 1 == total:
-                result, words = monitor(getattr(objective, config.which), images, config)
-                row, text = row | result, f"{text} | {config.which}: {words}"
-            status(text, final=True)
-            metrics.writerow(row)
-            if any(row.get(key, math.inf) < 0.4 * untrained[key] for key in COLUMNS[7:9]):
+            if step + 1 == total or row["epoch"] % config.knn_every == 0:
+                row |= monitor(config.which, parts[config.which], images, config)
+            rows.append(row)
+            lines = [ROW, *([str(row.get(name, "")) for name in ROW] for row in rows)]
+            write_file(folder / "metrics.csv", "\n".join(map(",".join, lines)) + "\n")
+            since, clock, losses = step + 1, time.time(), torch.zeros_like(losses)
+            if any(row.get(key, math.inf) < 0.4 * rows[0][key] for key in ROW[7:9]):
                 print("warning: the features collapse, rank or deviation is below 40 % of the "
                       "untrained encoder's. Try a lower --lr or an --ema-start closer to 1.")
-            losses.zero_()
-            clock = time.time()
-        if step + 1 == total or now - saved > 60 * config.save_minutes:
-            save_checkpoint(folder / "last.pt", config, (step + 1) // steps, step + 1, objective,
-                            optimizer)
+        if save:  # no generator's state: all draws are keyed by the seed and the step
+            state = {"format": FORMAT, "config": asdict(config), "epoch": (step + 1) // steps,
+                     "step": step + 1, "rng": config.seed, "rows": rows, "loss": losses.item()}
+            state |= {name: part.state_dict() for name, part in parts.items()}
+            write_file(folder / "last.pt", partial(torch.save, state))
             saved = now
-    log.close()
+        if stop and step + 1 < total:
+            print(f"stopped after step {step + 1} of {total}; to go on: --resume {folder}/last.pt")
+            if stop in SIGNALS:
+                raise SystemExit(128 + stop)
+            return folder
     other = {"teacher": "student", "student": "teacher"}[config.which]
-    status(f"{other}: {monitor(getattr(objective, other), images, config)[1]}", final=True)
-    print(f"{config.which}: {words}")  # measured after the last epoch
+    monitor(other, parts[other], images, config)
     print(f"""trained in {(time.time() - started) / 60:.1f} min; curves, views, checkpoint: {folder}
 A rising loss is no bad sign, the targets become richer: compare k-NN and rank with the untrained.
 next: python probe.py --ckpt {folder}/last.pt, or python scott.py --data path/to/images""")
@@ -888,6 +880,11 @@ next: python probe.py --ckpt {folder}/last.pt, or python scott.py --data path/to
 
 def main(argv=None, run=train, cls=Config):
     """The command line of a program, `run(cls)`; returns the exit code."""
+    def stop(number, _):
+        print("stopped before the first step: nothing to save", file=sys.stderr)
+        raise SystemExit(128 + number)
+    for number in SIGNALS:
+        signal.signal(number, stop)
     try:
         run(parse_config(argv, cls))
     except UserError as error:
@@ -897,4 +894,5 @@ def main(argv=None, run=train, cls=Config):
     return 0
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import scott  # this file under the name by which probe.py knows it
+    sys.exit(scott.main())

@@ -8,8 +8,13 @@ import copy
 import csv
 import json
 import math
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +34,10 @@ TINY = ["--epochs", "1", "--batch-size", "8", "--img-size", "32", "--workers", "
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    handlers = {number: signal.getsignal(number) for number in scott.SIGNALS}
+    yield
+    for number, handler in handlers.items():  # `main` sets its own
+        signal.signal(number, handler)
 
 
 def tiny_encoder(**options):
@@ -44,6 +53,10 @@ def save_images(folder, count, size=40):
     for i in range(count):
         pixels = np.random.default_rng(i).integers(0, 256, (size, size + 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"image{i}.png")
+
+
+def open_folder(path):
+    return scott.open_data(scott.Config(data=str(path)))
 
 
 # ---- Sizes -------------------------------------------------------------------------------------
@@ -412,49 +425,49 @@ def test_a_folder_with_splits_and_labels(tmp_path):
     save_images(tmp_path / "train/rose/deep", 1)  # nested deeper
     save_images(tmp_path / ".hidden", 1)
     (tmp_path / "train/notes.txt").write_text("not an image")
-    images = scott.open_data(str(tmp_path))
+    images = open_folder(tmp_path)
     assert images.classes == ["rose", "tulip"]
     assert sorted(images.labels) == [-1, -1, 0, 0, 0, 0, 1, 1, 1]
     assert len(images.select("all")) == 9 and len(images.select("train")) == 7
-    train, test = images.evaluation_split()
+    train, test = probe.evaluation_split(images)
     assert len(train) == 5 and len(test) == 2
     assert all("/val/" in images.paths[i] for i in test)
-    with pytest.raises(scott.UserError, match="train, val"):
+    with pytest.raises(scott.UserError, match="has all, train, trainval, val"):
         images.select("test")
 
 
 def test_a_folder_with_labels_only_gets_a_stratified_split(tmp_path):
     save_images(tmp_path / "a", 20)
     save_images(tmp_path / "b", 10)
-    images = scott.open_data(str(tmp_path))
-    train, test = images.evaluation_split()
+    images = open_folder(tmp_path)
+    train, test = probe.evaluation_split(images)
     assert sorted([*train, *test]) == list(range(30))
     assert [images.labels[i] for i in test] == [0] * 4 + [1] * 2
-    assert all(map(np.array_equal, images.evaluation_split(), (train, test)))
+    assert all(map(np.array_equal, probe.evaluation_split(images), (train, test)))
 
 
 def test_a_flat_folder_is_unlabelled(tmp_path):
     save_images(tmp_path, 3)
-    images = scott.open_data(str(tmp_path))
-    assert images.labels == [-1] * 3 and images.evaluation_split() is None
+    images = open_folder(tmp_path)
+    assert images.labels == [-1] * 3 and probe.evaluation_split(images) is None
 
 
 def test_decoding_shrinks_to_the_side_and_the_cache_changes_nothing(tmp_path):
     save_images(tmp_path, 2, size=100)
-    images = scott.open_data(str(tmp_path))
+    images = open_folder(tmp_path)
     images.side = 50
     plain = [images.load(i) for i in range(2)]
-    assert plain[0].shape == (3, 50, 54)
-    images.cache(range(2), 1.0)
-    assert all(image is not None for image in images.images)
+    assert plain[0].shape == (3, 50, 54) and plain[0].dtype == torch.uint8
+    assert images.cache(range(2), 1.0) == []
+    assert set(images.images) == {0, 1}
     assert all(torch.equal(images.load(i), plain[i]) for i in range(2))
 
 
 def test_the_demo_is_the_same_everywhere_and_has_eight_classes():
     a, b = scott.draw_flowers(count=16, size=32), scott.draw_flowers(count=16, size=32)
-    assert all(map(torch.equal, a.images, b.images))
+    assert all(torch.equal(a.load(i), b.load(i)) for i in range(16))
     assert len(a.classes) == 8 and set(a.labels) == set(range(8))
-    train, test = a.evaluation_split()
+    train, test = probe.evaluation_split(a)
     assert {a.labels[i] for i in test} <= {a.labels[i] for i in train}
 
 
@@ -463,13 +476,13 @@ SHARED = Path(__file__).resolve().parent.parent / "shared"
 
 @pytest.mark.skipif(not (SHARED / "flowers-102").is_dir(), reason="Flowers-102 is not here")
 def test_flowers102_has_its_official_splits():
-    images = scott.open_data("flowers102", SHARED)
+    images = scott.open_data(scott.Config(data="flowers102", root=str(SHARED)))
     sizes = [len(images.select(split)) for split in ("train", "val", "test", "trainval", "all")]
     assert sizes == [1020, 1020, 6149, 2040, 8189]
     assert len(images.classes) == 102 and set(images.labels) == set(range(102))
-    train, test = images.evaluation_split()
+    train, test = probe.evaluation_split(images)
     assert (len(train), len(test)) == (2040, 6149)
-    assert images.load(0).dtype == torch.uint8
+    assert images.load(0).shape[0] == 3
 
 
 # ---- Monitors ----------------------------------------------------------------------------------
@@ -480,14 +493,14 @@ def test_knn_finds_clusters_and_nothing_in_noise():
     centres = F.one_hot(labels, 16).float()
     noise = torch.randn(400, 16)
     for features, low, high in ((centres + 0.1 * noise, 1, 1), (noise, 0.1, 0.4)):
-        scores = scott.knn_scores(features[:200], labels[:200], features[200:], 4)
+        scores = probe.knn_scores(features[:200], labels[:200], features[200:], 4)
         assert low <= (scores.argmax(1) == labels[200:]).float().mean() <= high
 
 
 def test_effective_rank_counts_directions():
     features = torch.randn(4096, 8) @ torch.randn(8, 64)
-    assert scott.effective_rank(torch.randn(4096, 32) + 7) == pytest.approx(32, abs=0.5)
-    assert 4 < scott.effective_rank(features) < 8.01
+    assert probe.effective_rank(torch.randn(4096, 32) + 7) == pytest.approx(32, abs=0.5)
+    assert 4 < probe.effective_rank(features) < 8.01
 
 
 # ---- Runs --------------------------------------------------------------------------------------
@@ -527,6 +540,7 @@ def test_a_checkpoint_holds_everything_and_loads_without_code(run):
     state = torch.load(folder / "last.pt", weights_only=True)
     assert set(state) == {
         "config", "epoch", "step", "student", "teacher", "predictor", "optimizer", "rng", "format",
+        "rows", "loss",
     }  # fmt: skip
     assert (state["epoch"], state["step"]) == (2, 6)
     by_default = scott.load_encoder(folder / "last.pt")
@@ -704,7 +718,7 @@ def test_accuracies_by_hand():
 
 def test_tokens_in_memory_equal_those_computed_again(tmp_path):
     save_images(tmp_path, 5)
-    images = scott.open_data(str(tmp_path))
+    images = open_folder(tmp_path)
     config = scott.Config(img_size=32, batch_size=2, workers=0, device="cpu", amp="fp32")
     calls = []
     encoder = tiny_encoder().eval()
@@ -756,12 +770,12 @@ def test_the_table_has_the_last_epoch_first_and_names_the_best():
 def test_fine_tuning_trains_the_encoder(tmp_path):
     for name in "ab":
         save_images(tmp_path / name, 5)
-    images = scott.open_data(str(tmp_path))
+    images = open_folder(tmp_path)
     options = probe.ProbeConfig(random_init="vit-tiny/16", epochs=1)
     config = scott.Config(img_size=32, batch_size=4, workers=0, device="cpu", amp="fp32")
     encoder = tiny_encoder().requires_grad_(False)
     before = copy.deepcopy(encoder)
-    split = images.evaluation_split()
+    split = probe.evaluation_split(images)
     labels = [torch.tensor(images.labels)[rows] for rows in split]
     probe.finetune(encoder, images, split, labels, options, config)
     for part in ("tokenizer", "blocks"):
@@ -852,7 +866,7 @@ def test_pca_pictures_and_exports_of_a_run(run, tmp_path, monkeypatch, capsys):
     assert data["features"].shape == (7, 192) and data["features"].dtype == np.float32
     assert data["paths"].tolist() == paths and (data["labels"] == -1).all()
     assert len(data["classes"]) == 0
-    crop = scott.Crops(scott.open_data(loose), 32)[4]
+    crop = scott.Crops(open_folder(loose), 32)[4]
     expected = scott.load_encoder(folder / "last.pt")(scott.normalise(crop[None])).mean(1)[0]
     assert torch.allclose(torch.tensor(data["features"][4]), expected, atol=1e-4)
     # without images or a folder: some of one class, and all, of the data it was trained on
@@ -894,16 +908,16 @@ def make_wrong_files(place, run):
         ("--ckpt nosuch.pt", "nosuch.pt: No such file"),
         ("--ckpt loose", "Is a directory"),
         ("--ckpt cut.pt", "cut.pt: cut short"),
-        ("--ckpt empty.pt", "empty.pt: no checkpoint of scott.py"),
-        ("--ckpt text.pt", "text.pt: no checkpoint of scott.py"),
-        ("--ckpt foreign.pt", "foreign.pt: a checkpoint of other software"),
-        ("--ckpt newer.pt", "newer.pt: format 99 is newer"),
+        ("--ckpt empty.pt", "empty.pt: of other software"),
+        ("--ckpt text.pt", "text.pt: of other software"),
+        ("--ckpt foreign.pt", "foreign.pt: of other software"),
+        ("--ckpt newer.pt", "newer.pt: of a newer scott.py, format 99"),
         ("--ckpt code.pt", "code.pt: holds code"),
         ("--ckpt GOOD --data loose", "at least two classes"),
         ("--ckpt GOOD --data single", "at least two classes"),
         ("--ckpt GOOD --data nothing", "no images in nothing"),
         ("--ckpt GOOD --data damaged", "damaged/b/image2.png"),
-        ("--ckpt GOOD --data nosuch", "no folder nosuch"),
+        ("--ckpt GOOD --data nosuch", "--data nosuch: no folder"),
         ("--ckpt GOOD --data sound --out bad", "bad/probe.json"),
         ("--ckpt GOOD --data sound --out cut.pt", "--out cut.pt"),
         ("--ckpt GOOD --lr nan", "--lr"),
@@ -932,6 +946,310 @@ def test_mistakes_of_a_probe_are_one_line_and_exit_code_2(
     printed = capsys.readouterr().err
     assert code == 2 and says in printed and printed.count("\n") == 1, printed
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+# ---- Trust: images of all kinds, runs that end early, several processes ---------------------------
+
+
+def save_odd_images(folder):
+    """Readable images of unusual kinds: {name: colour of the upper left corner, or None}."""
+    folder.mkdir(parents=True)
+    red = np.zeros((30, 40, 3), np.uint8)
+    red[:, :20, 0] = 255  # the left half is red, the right half black
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: the left half comes up
+    Image.fromarray(red).save(folder / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    alpha = np.dstack([red, np.full((30, 40), 0, np.uint8)])
+    Image.fromarray(alpha, "RGBA").save(folder / "transparent.png")
+    Image.fromarray(alpha, "RGBA").convert("LA").save(folder / "gray-alpha.png")
+    Image.fromarray(red).quantize(4).save(folder / "palette.png")
+    palette = Image.fromarray(red).quantize(4)
+    palette.save(folder / "palette-transparent.png", transparency=palette.getpixel((0, 0)))
+    Image.fromarray(red).convert("CMYK").save(folder / "cmyk.jpg", quality=100, subsampling=0)
+    Image.fromarray(np.full((30, 40), 65535, np.uint16)).save(folder / "sixteen.png")
+    Image.fromarray(np.full((30, 40), 32896, np.uint16)).save(folder / "sixteen-half.tif")
+    Image.new("L", (40, 30), 128).save(folder / "gray.png")
+    Image.new("1", (40, 30), 1).save(folder / "bits.png")
+    frames = [Image.new("RGB", (40, 30), color) for color in ("blue", "green", "white")]
+    frames[0].save(folder / "film.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (1, 1), "blue").save(folder / "point.png")
+    Image.new("RGB", (5000, 3), "blue").save(folder / "line.png")
+    red, white, gray, blue = (255, 0, 0), (255,) * 3, (128,) * 3, (0, 0, 255)
+    return {
+        "turned.jpg": red, "transparent.png": white, "gray-alpha.png": white, "palette.png": red,
+        "palette-transparent.png": white, "cmyk.jpg": red, "sixteen.png": white,
+        "sixteen-half.tif": gray, "gray.png": gray, "bits.png": white, "film.gif": blue,
+        "point.png": blue, "line.png": blue,
+    }  # fmt: skip
+
+
+def save_broken_images(folder):
+    """Files that are no images, or not whole: their names."""
+    save_images(folder / "whole", 1, size=200)
+    data = (folder / "whole/image0.png").read_bytes()
+    (folder / "whole/image0.png").unlink()
+    (folder / "whole").rmdir()
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
+    (folder / "text.jpg").write_text("not an image")
+    bomb = b"P6 30000 30000 255\n" + bytes(1000)  # 900 million pixels, says its header
+    (folder / "bomb.ppm").write_bytes(bomb)
+    return ["bomb.ppm", "cut.png", "text.jpg", "zero.jpg"]
+
+
+def test_images_of_all_kinds_are_read_as_people_see_them(tmp_path):
+    colors = save_odd_images(tmp_path / "odd")
+    images = open_folder(tmp_path / "odd")
+    assert len(images) == len(colors)
+    for i, path in enumerate(images.paths):
+        image, color = images.load(i), colors[Path(path).name]
+        assert image.dtype == torch.uint8 and len(image) == 3
+        assert (image[:, 0, 0].int() - torch.tensor(color)).abs().max() <= 3, path
+    turned = images.load([Path(path).name for path in images.paths].index("turned.jpg"))
+    assert turned.shape == (3, 40, 30)
+    assert turned[0, 0, 29] > 250 and turned[0, 39, 0] < 5
+    crops = scott.Crops(images, 32)
+    for i in range(len(images)):
+        assert crops[i].shape == crops[(0, i)][0].shape == (3, 32, 32)
+    images.paths = [str(tmp_path / "long.png")]
+    Image.new("RGB", (20_000, 10), "blue").save(images.paths[0])
+    assert crops[0].shape == crops[(0, 0)][0].shape == (3, 32, 32)
+
+
+def test_unreadable_images_are_named_and_left_out(tmp_path, monkeypatch, capsys):
+    save_images(tmp_path / "loose", 120, size=16)
+    (tmp_path / "loose/broken.jpg").write_text("not an image")
+    _, rows = train_here(tmp_path, monkeypatch, "--batch-size", "60")
+    printed = capsys.readouterr().out
+    assert sum("loose/broken.jpg: " in line for line in printed.splitlines()) == 1
+    assert len(rows) == 2
+
+
+def test_too_many_unreadable_images_end_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 17)
+    broken = save_broken_images(tmp_path / "loose")
+    assert scott.main(["--data", "loose", "--model", "scott-tiny/16", *TINY]) == 2
+    printed = capsys.readouterr()
+    skipped = [line for line in printed.out.splitlines() if line.startswith("skipped")]
+    assert [name for name in broken for line in skipped if f"/{name}: " in line] == broken
+    assert printed.err.count("\n") == 1 and "4 of 21 images" in printed.err
+    assert not (tmp_path / "runs").exists()
+
+
+RESUMED = ["--data", "loose", "--model", "scott-tiny/16", *TINY, "--epochs", "4", "--dropout", "0.1"]
+
+
+def final_state(folder):
+    state = torch.load(folder / "last.pt", weights_only=True)
+    return {part: state[part] for part in ("student", "teacher", "predictor", "optimizer", "step")}
+
+
+def rows_of(folder):
+    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    return [{key: row[key] for key in row if key != "images_per_s"} for row in rows]
+
+
+def assert_equal(a, b):
+    """Bit for bit, whatever is nested in dicts and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+    if isinstance(a, (dict, list)):
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_equal(a[key], b[key])
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_stopped_and_resumed_run_ends_bit_for_bit_as_if_it_was_not(
+    tmp_path, monkeypatch, capsys, stop
+):
+    """8 steps of dropout, 2 an epoch; stopped by SIGINT or SIGTERM after `stop` steps."""
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 17)
+    assert scott.main([*RESUMED, "--out", "whole"]) == 0
+    number, code = {1: (signal.SIGINT, 130), 3: (signal.SIGTERM, 143)}[stop]
+    update, calls = scott.MIMJEPA.update_teacher, []
+
+    def update_and_signal(self, momentum):
+        update(self, momentum)
+        calls.append(1)
+        if len(calls) == stop:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(scott.MIMJEPA, "update_teacher", update_and_signal)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        scott.main([*RESUMED, "--out", "cut"])
+    assert stopped.value.code == code
+    assert "--resume cut/last.pt" in capsys.readouterr().out
+    assert scott.load_checkpoint("cut/last.pt")["step"] == stop
+    assert scott.main(["--resume", "cut/last.pt"]) == 0
+    assert_equal(final_state(Path("cut")), final_state(Path("whole")))
+    assert rows_of(Path("cut")) == rows_of(Path("whole"))
+    # a finished run says so, with --out as well
+    before = Path("cut/last.pt").stat()
+    capsys.readouterr()
+    assert scott.main(["--out", "cut", "--resume"]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert Path("cut/last.pt").stat() == before and not Path("cut-2").exists()
+
+
+def test_resume_goes_on_for_more_epochs_and_refuses_other_settings(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "runs/pictures-scott-tiny-16"
+    shutil.copytree(run[0], folder)
+    monkeypatch.chdir(run[0].parent.parent)
+    checkpoint = str(folder / "last.pt")
+    before = final_state(folder)
+    flags = ["--mask", "random", "--lr", "0.001", "--epochs", "1"]
+    assert scott.main(["--resume", checkpoint, *flags]) == 2
+    printed = capsys.readouterr().err
+    for words in ("--mask random", "blockwise", "--lr 0.001", "--epochs 1"):
+        assert words in printed
+    assert printed.count("\n") == 1
+    assert_equal(final_state(folder), before)
+    assert scott.main(["--resume", checkpoint, "--epochs", "3", "--workers", "0"]) == 0
+    assert "3 epochs" in capsys.readouterr().out
+    assert scott.load_checkpoint(checkpoint)["step"] == 9
+    assert [row["epoch"] for row in rows_of(folder)] == ["0", "1", "2", "3"]
+    assert float(rows_of(folder)[-1]["lr"]) == 1e-5
+
+
+def test_max_minutes_ends_cleanly(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 17)
+    assert scott.main([*RESUMED, "--max-minutes", "0"]) == 0
+    assert "--resume runs/loose-scott-tiny-16/last.pt" in capsys.readouterr().out
+    assert scott.load_checkpoint("runs/loose-scott-tiny-16/last.pt")["step"] == 1
+
+
+def test_a_stop_before_the_first_step_says_that_nothing_is_saved(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 17)
+    monkeypatch.setattr(probe, "monitor", stop)
+    with pytest.raises(SystemExit) as stopped:
+        scott.main(RESUMED)
+    assert stopped.value.code == 143
+    assert "nothing to save" in capsys.readouterr().err
+
+
+def kill_and_resume(place, monkeypatch, kills, seed):
+    """Kill a run `kills` times at random moments of its steps and saves; finish it at last."""
+    monkeypatch.chdir(place)
+    save_images(place / "loose", 17)
+    rng, last = np.random.default_rng(seed), place / "killed/last.pt"
+    settings = [*RESUMED, "--epochs", str(10 + 4 * kills), "--knn-every", "9"]
+    flags = [*settings, "--save-minutes", "0", "--out", "killed"]
+    for _ in range(kills):
+        before = scott.load_checkpoint(last)["step"] if last.exists() else 0
+        process = subprocess.Popen([sys.executable, SCOTT, *flags], stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (
+            last.exists() and scott.load_checkpoint(last)["step"] > before
+        ):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.3))
+        assert process.poll() is None  # there is something to kill
+        process.kill()
+        process.wait()
+        scott.load_encoder(last)  # whole at any moment
+        flags = ["--resume", "killed/last.pt"]
+    assert scott.main(flags) == scott.main([*settings, "--out", "whole"]) == 0
+    assert_equal(final_state(place / "killed"), final_state(place / "whole"))
+    assert rows_of(place / "killed") == rows_of(place / "whole")
+
+
+def test_three_kills_lose_nothing(tmp_path, monkeypatch):
+    kill_and_resume(tmp_path, monkeypatch, 3, seed=0)
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing(tmp_path, monkeypatch):
+    kill_and_resume(tmp_path, monkeypatch, 20, seed=1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
+    forward, calls = scott.MIMJEPA.forward, []
+
+    def break_at_step_4(self, *views):
+        calls.append(1)
+        return forward(self, *views) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 17)
+    monkeypatch.setattr(scott.MIMJEPA, "forward", break_at_step_4)
+    assert scott.main([*RESUMED, "--save-minutes", "0"]) == 2
+    printed = capsys.readouterr().err
+    assert "step 4" in printed and "--lr" in printed and printed.count("\n") == 1
+    state = scott.load_checkpoint("runs/loose-scott-tiny-16/last.pt")
+    assert state["step"] == 3
+    assert all(value.isfinite().all() for value in state["student"].values())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, capsys):
+    path = tmp_path / "last.pt"
+    scott.write_file(path, lambda file: file.write(b"before"))
+    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(scott.UserError, match="No space left"):
+        scott.write_file(path, lambda file: torch.save(torch.zeros(10**6), file))
+    assert path.read_bytes() == b"before"
+
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCOTT]
+NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0", "--drop-path", "0"]
+
+
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 41)
+    flags = ["--data", "loose", "--model", "scott-tiny/16", *TINY, *NO_DROPOUT, "--epochs", "4"]
+    flags += ["--lr-start", "1e-4"]
+    assert scott.main([*flags, "--out", "one"]) == 0
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*TWO, *flags, "--out", "two"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("trained in") == 1  # only one of the two speaks
+    assert not Path("two-2").exists()
+    one, two = (scott.load_checkpoint(f"{name}/last.pt") for name in ("one", "two"))
+    assert one["step"] == two["step"] == 20
+    torch.manual_seed(0)
+    start = scott.encoder_of(one["config"]).state_dict()
+    for name in ("tokenizer.conv1.weight", "blocks.3.ffn.proj.weight", "mask_token"):
+        change = one["student"][name] - start[name]
+        assert (one["student"][name] - two["student"][name]).norm() < 0.01 * change.norm(), name
+    losses = [[row["loss"] for row in rows_of(Path(name))][1:] for name in ("one", "two")]
+    assert losses[0] != losses[1]  # each writes the loss of its own images
+
+
+def test_a_batch_that_the_processes_cannot_share_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 17)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert scott.main(RESUMED) == 2
+    assert "--batch-size 8: 3 processes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, None), (signal.SIGTERM, 143)])
+def test_the_end_of_one_process_ends_the_run(tmp_path, monkeypatch, number, code):
+    """A rank that is killed must not leave the other waiting; one that is stopped saves."""
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 41)
+    flags = ["--data", "loose", "--model", "scott-tiny/16", *TINY, "--epochs", "1000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen([*TWO, *flags, "--save-minutes", "0", "--out", "two"], env=environment)
+    while not Path("two/last.pt").exists():
+        assert run.poll() is None
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), number)
+    assert run.wait(timeout=60) != 0
+    step = scott.load_checkpoint("two/last.pt")["step"]
+    assert step > 0
 
 
 # ---- The command line --------------------------------------------------------------------------
@@ -965,7 +1283,7 @@ def test_help_shows_every_flag():
         ("--lr -1", "must be from"),
         ("--epochs many", "invalid int"),
         ("--views blue", "invalid choice"),
-        ("--data nosuch", "no folder nosuch"),
+        ("--data nosuch", "--data nosuch: no folder"),
         ("--data empty", "no images in empty"),
         ("--data flowers102 --root nowhere", "flowers-102/ with jpg/"),
         ("--model scott-5/16", "scott-7/16"),
@@ -982,6 +1300,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, fl
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchvision.datasets.flowers102.download_and_extract_archive", offline)
+    monkeypatch.setattr(scott, "draw_flowers", partial(scott.draw_flowers, count=64, size=32))
     (tmp_path / "empty").mkdir()
     try:
         code = scott.main(flags.split())

@@ -25,7 +25,6 @@ import signal
 import sys
 import threading
 import time
-import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -111,7 +110,7 @@ def parse_config(argv=None, cls=Config):
                             formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; see --help\n")
     for item in fields(cls):
-        meta, kind = item.metadata, (typing.get_args(item.type) or [item.type])[0]
+        meta, kind = item.metadata, getattr(item.type, "__args__", [item.type])[0]
         group = parser.add_argument_group(meta["group"]) if meta["group"] else group
         default = "" if item.default in (None, ()) else f" (default: {item.default})"
         how = {"action": BooleanOptionalAction} if kind is bool else {"type": kind} | meta["how"]
@@ -240,8 +239,7 @@ class ImageSet:
 
 def open_data(config):
     """The `ImageSet` that `--data` and `--root` name. Raises UserError if there is none."""
-    # Small enough for memory, large enough for no crop to be enlarged.
-    side = math.ceil(config.img_size * max(256 / 224, config.crop_scale**-0.5))
+    side = math.ceil(config.img_size * max(256 / 224, config.crop_scale**-0.5))  # fits all crops
     if config.data == "demo":
         return draw_flowers()
     if config.data not in TORCHVISION:
@@ -283,20 +281,22 @@ def draw_flowers(count=3072, size=128):
     """The demo: flowers of 3 to 6 petals, round or pointed (8 classes); the last third is test."""
     generator = torch.Generator().manual_seed(0)
     axis, images, labels = torch.linspace(-1, 1, size), {}, torch.arange(count) % 8
-    thirds, green, yellow = torch.tensor(
-        [[0, 2, 4], [0.30, 0.45, 0.19], [0.85, 0.65, 0.1]]).view(3, 3, 1, 1)
+    sector, yellow = torch.tensor([[5.0, 3, 1], [0.85, 0.65, 0.1]]).view(2, 3, 1, 1)
     def uniform(low, high, cells=1):
-        noise = torch.rand(len(kind), 1, cells, cells, generator=generator)
-        return low + (high - low) * F.interpolate(noise, size if cells > 1 else 1, mode="bicubic")
+        return low + (high - low) * torch.rand(len(kind), 1, cells, cells, generator=generator)
+    def texture(cells):
+        return F.interpolate(uniform(-1, 1, cells), (size, size), mode="bicubic")
     for kind in labels.view(-1, 1, 1, 1).split(256):
         x, y = axis - uniform(-0.25, 0.25), axis[:, None] - uniform(-0.25, 0.25)
         radius, turn = torch.hypot(x, y) / uniform(0.6, 0.9), torch.atan2(y, x) / math.pi
         across = ((turn + uniform(0, 2)) * (3 + kind // 2) % 2 - 1).abs()  # 1: between petals
         edge = 1 - 0.75 * torch.where(kind % 2 == 1, across, across**4)
-        hue = 0.6 + 0.4 * torch.cos(math.pi / 3 * (uniform(0, 6).floor() - thirds))
-        petal = hue * (0.9 - 0.25 * across - 0.25 * radius + uniform(-0.05, 0.05, 24))
-        ground = green * (uniform(0.7, 1.3) + uniform(-0.25, 0.25, 5) + uniform(-0.25, 0.25, 20))
-        disk = yellow * uniform(0.6, 1.2, 40)
+        hue = (sector + uniform(0, 6).floor() + uniform(-0.2, 0.2)) % 6
+        petal = 1 - 0.75 * torch.minimum(hue, 4 - hue).clamp(0, 1)
+        petal = petal * (0.9 - 0.25 * across - 0.25 * radius + 0.05 * texture(24))
+        light = uniform(0.3, 0.54) + 0.1 * texture(5) + 0.1 * texture(20)
+        ground = light * torch.cat([uniform(0.5, 0.9), uniform(0.9, 1.2), uniform(0.3, 0.6)], 1)
+        disk = yellow * (0.9 + 0.3 * texture(40))
         picture = torch.where(radius < 0.24, disk, torch.where(radius < edge, petal, ground))
         images |= enumerate((picture.clamp(0, 1) * 255).byte(), len(images))
     classes = [f"{n} {shape} petals" for n in (3, 4, 5, 6) for shape in ("round", "pointed")]
@@ -689,7 +689,8 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's own
-        Path(f"{path}.tmp").unlink(missing_ok=True)
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
         raise UserError(f"cannot write {path} (what was there is untouched): {error}") from None
 
 def free_path(wanted, ending=""):
@@ -762,8 +763,7 @@ def train(config, objective=None):
         raise UserError(f"--batch-size {config.batch_size}: {processes} processes cannot share it")
     if processes > 1:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w") if rank else sys.stdout
     images = open_data(config)
     indices = images.select(config.split)
     steps = len(indices) // config.batch_size
@@ -784,6 +784,8 @@ def train(config, objective=None):
         raise UserError(f"--out {config.out or name}: is a file, not a folder")
     if config.resume:
         folder, state = Path(config.resume).parent, load_checkpoint(config.resume)
+        if state["images"] != len(indices):
+            raise UserError(f"{config.data}: {len(indices)} images, were {state['images']} before")
         continue_from(state, config, parts)
     config, start, rows = replace(config, out=str(folder)), state["step"], state["rows"]
     if start == total:
@@ -862,8 +864,8 @@ def train(config, objective=None):
                       "untrained encoder's. Try a lower --lr or an --ema-start closer to 1.")
         if save:  # no generator's state: all draws are keyed by the seed and the step
             state = {"format": FORMAT, "config": asdict(config), "epoch": (step + 1) // steps,
-                     "step": step + 1, "rng": config.seed, "rows": rows, "loss": losses.item()}
-            state |= {name: part.state_dict() for name, part in parts.items()}
+                     "step": step + 1, "images": len(indices), "rng": config.seed, "rows": rows,
+                     "loss": losses.item()} | {k: part.state_dict() for k, part in parts.items()}
             write_file(folder / "last.pt", partial(torch.save, state))
             saved = now
         if stop and step + 1 < total:

@@ -540,7 +540,7 @@ def test_a_checkpoint_holds_everything_and_loads_without_code(run):
     state = torch.load(folder / "last.pt", weights_only=True)
     assert set(state) == {
         "config", "epoch", "step", "student", "teacher", "predictor", "optimizer", "rng", "format",
-        "rows", "loss",
+        "rows", "loss", "images",
     }  # fmt: skip
     assert (state["epoch"], state["step"]) == (2, 6)
     by_default = scott.load_encoder(folder / "last.pt")
@@ -948,7 +948,7 @@ def test_mistakes_of_a_probe_are_one_line_and_exit_code_2(
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-# ---- Trust: images of all kinds, runs that end early, several processes ---------------------------
+# ---- Trust: images of all kinds, runs that end early, several processes ------------------------
 
 
 def save_odd_images(folder):
@@ -1016,6 +1016,9 @@ def test_images_of_all_kinds_are_read_as_people_see_them(tmp_path):
     assert crops[0].shape == crops[(0, 0)][0].shape == (3, 32, 32)
 
 
+LOOSE = ["--data", "loose", "--model", "scott-tiny/16", *TINY]
+
+
 def test_unreadable_images_are_named_and_left_out(tmp_path, monkeypatch, capsys):
     save_images(tmp_path / "loose", 120, size=16)
     (tmp_path / "loose/broken.jpg").write_text("not an image")
@@ -1029,7 +1032,7 @@ def test_too_many_unreadable_images_end_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "loose", 17)
     broken = save_broken_images(tmp_path / "loose")
-    assert scott.main(["--data", "loose", "--model", "scott-tiny/16", *TINY]) == 2
+    assert scott.main(LOOSE) == 2
     printed = capsys.readouterr()
     skipped = [line for line in printed.out.splitlines() if line.startswith("skipped")]
     assert [name for name in broken for line in skipped if f"/{name}: " in line] == broken
@@ -1037,7 +1040,7 @@ def test_too_many_unreadable_images_end_the_run(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-RESUMED = ["--data", "loose", "--model", "scott-tiny/16", *TINY, "--epochs", "4", "--dropout", "0.1"]
+RESUMED = [*LOOSE, "--epochs", "4", "--dropout", "0.1"]
 
 
 def final_state(folder):
@@ -1096,7 +1099,9 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_as_if_it_was_not(
     assert Path("cut/last.pt").stat() == before and not Path("cut-2").exists()
 
 
-def test_resume_goes_on_for_more_epochs_and_refuses_other_settings(run, tmp_path, monkeypatch, capsys):
+def test_resume_goes_on_for_more_epochs_and_refuses_other_settings(
+    run, tmp_path, monkeypatch, capsys
+):
     folder = tmp_path / "runs/pictures-scott-tiny-16"
     shutil.copytree(run[0], folder)
     monkeypatch.chdir(run[0].parent.parent)
@@ -1109,6 +1114,10 @@ def test_resume_goes_on_for_more_epochs_and_refuses_other_settings(run, tmp_path
         assert words in printed
     assert printed.count("\n") == 1
     assert_equal(final_state(folder), before)
+    more = Path(shutil.copy("pictures/a/image0.png", "pictures/a/more.png"))
+    assert scott.main(["--resume", checkpoint, "--epochs", "3"]) == 2
+    assert "25 images, were 24 before" in capsys.readouterr().err
+    more.unlink()
     assert scott.main(["--resume", checkpoint, "--epochs", "3", "--workers", "0"]) == 0
     assert "3 epochs" in capsys.readouterr().out
     assert scott.load_checkpoint(checkpoint)["step"] == 9
@@ -1206,11 +1215,10 @@ NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0", "--drop-path", "0"]
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "loose", 41)
-    flags = ["--data", "loose", "--model", "scott-tiny/16", *TINY, *NO_DROPOUT, "--epochs", "4"]
-    flags += ["--lr-start", "1e-4"]
+    flags = [*LOOSE, *NO_DROPOUT, "--epochs", "4", "--lr-start", "1e-4"]
     assert scott.main([*flags, "--out", "one"]) == 0
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*TWO, *flags, "--out", "two"], env=environment, capture_output=True, text=True)
+    command, environment = [*TWO, *flags, "--out", "two"], os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("trained in") == 1  # only one of the two speaks
     assert not Path("two-2").exists()
@@ -1239,7 +1247,7 @@ def test_the_end_of_one_process_ends_the_run(tmp_path, monkeypatch, number, code
     """A rank that is killed must not leave the other waiting; one that is stopped saves."""
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "loose", 41)
-    flags = ["--data", "loose", "--model", "scott-tiny/16", *TINY, "--epochs", "1000"]
+    flags = [*LOOSE, "--epochs", "1000"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.Popen([*TWO, *flags, "--save-minutes", "0", "--out", "two"], env=environment)
     while not Path("two/last.pt").exists():
@@ -1292,6 +1300,14 @@ def test_help_shows_every_flag():
         ("--batch-size 100000", "more than"),
         ("--device cuda:7", "--device"),
         ("--nosuch 1", "unrecognized"),
+        ("--data taken", "--data taken: no folder"),
+        ("--data flower102", "the closest is flowers102"),
+        ("--out taken", "--out taken: is a file"),
+        ("--out taken/run", "cannot write taken/run/config.json"),
+        ("--resume nosuch.pt", "nosuch.pt: No such file"),
+        ("--resume taken", "taken: of other software"),
+        ("--out empty --resume", "empty/last.pt: No such file"),
+        ("--max-minutes nan", "must be from"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, says):
@@ -1302,6 +1318,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, fl
     monkeypatch.setattr("torchvision.datasets.flowers102.download_and_extract_archive", offline)
     monkeypatch.setattr(scott, "draw_flowers", partial(scott.draw_flowers, count=64, size=32))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "taken").write_text("a file")
     try:
         code = scott.main(flags.split())
     except SystemExit as stop:

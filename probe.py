@@ -412,7 +412,9 @@ def probe(encoder, options, config):
 # ---- Pictures and features ---------------------------------------------------------------------
 def output_path(wanted, ending):
     """Where to write: `wanted`, or with a number where that exists. Raises UserError."""
-    path = scott.free_path(wanted, ending)
+    stem = wanted.removesuffix(ending)
+    names = (f"{stem}-{n}{ending}" if n > 1 else wanted for n in range(1, sys.maxsize))
+    path = next(path for path in map(Path, names) if not path.exists())
     if path.suffix != ending or not path.parent.is_dir():
         raise UserError(f"{wanted}: must end in {ending}, in a folder that exists")
     return path

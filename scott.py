@@ -693,12 +693,6 @@ def write_file(path, content):
             os.remove(f"{path}.tmp")
         raise UserError(f"cannot write {path} (what was there is untouched): {error}") from None
 
-def free_path(wanted, ending=""):
-    """The path, or where that exists the first of "path-2", "path-3" ... (before the ending)."""
-    stem = str(wanted).removesuffix(ending)
-    names = (f"{stem}-{n}{ending}" if n > 1 else wanted for n in range(1, sys.maxsize))
-    return next(path for path in map(Path, names) if not path.exists())
-
 def load_checkpoint(path):
     """The dict of a checkpoint; code in it is not run. Raises UserError for any other file."""
     try:
@@ -778,10 +772,12 @@ def train(config, objective=None):
     objective.to(device, memory_format=torch.channels_last)
     optimizer = create_optimizer(objective, config.lr)
     parts = dict(objective.named_children()) | {"optimizer": optimizer}
-    name = f"runs/{Path(config.data).resolve().name}-{config.model.replace('/', '-')}"
-    folder, state = free_path(config.out or name), {"step": 0, "rows": [], "loss": 0.0}
-    if Path(config.out or name).is_file():
-        raise UserError(f"--out {config.out or name}: is a file, not a folder")
+    out = config.out or f"runs/{Path(config.data).resolve().name}-{config.model.replace('/', '-')}"
+    if os.path.isfile(out):
+        raise UserError(f"--out {out}: is a file, not a folder")
+    folders = (Path(f"{out}-{n}" if n > 1 else out) for n in range(1, sys.maxsize))
+    folder = next(folder for folder in folders if not folder.exists())
+    state = {"step": 0, "rows": [], "loss": 0.0}
     if config.resume:
         folder, state = Path(config.resume).parent, load_checkpoint(config.resume)
         if state["images"] != len(indices):
@@ -842,7 +838,8 @@ def train(config, objective=None):
             stop = agreed.item()
         save = step + 1 == total or stop or now - saved > 60 * config.save_minutes
         if save or done == steps or now - shown > 1 or device.type == "cpu":
-            if not all(x.isfinite().all() for x in (losses, *objective.parameters())):
+            weights = objective.parameters() if save else ()
+            if not all(x.isfinite().all() for x in (losses, *weights)):
                 raise UserError(f"the loss or a weight is not finite by step {step + 1}, learning "
                                 f"rate {lr:g}. Try a lower --lr or --amp fp32; last.pt is older")
             shown, row = now, {

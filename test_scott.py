@@ -661,11 +661,13 @@ def test_heads_read_a_label_that_is_there_and_guess_where_there_is_none():
         assert abs(result["top5"] - 500 / classes) < 7
 
 
-def test_a_free_path_keeps_dots_in_names_and_the_ending(tmp_path):
-    for name, ending, other in (("run.v1-12", "", "run.v1-12-2"), ("a.b.png", ".png", "a.b-2.png")):
-        assert scott.free_path(tmp_path / name, ending) == tmp_path / name
-        (tmp_path / name).touch()
-        assert scott.free_path(tmp_path / name, ending) == tmp_path / other
+def test_an_output_is_never_written_over_another(tmp_path):
+    wanted, other = str(tmp_path / "a.b.png"), tmp_path / "a.b-2.png"
+    assert str(probe.output_path(wanted, ".png")) == wanted
+    Path(wanted).touch()
+    assert probe.output_path(wanted, ".png") == other
+    other.touch()
+    assert probe.output_path(wanted, ".png") == tmp_path / "a.b-3.png"
 
 
 def test_the_attentive_head_finds_the_token_that_tells():

@@ -970,6 +970,7 @@ def save_odd_images(folder):
     Image.fromarray(red).convert("CMYK").save(folder / "cmyk.jpg", quality=100, subsampling=0)
     Image.fromarray(np.full((30, 40), 65535, np.uint16)).save(folder / "sixteen.png")
     Image.fromarray(np.full((30, 40), 32896, np.uint16)).save(folder / "sixteen-half.tif")
+    Image.fromarray(np.full((30, 40), 70000, np.int32)).save(folder / "more-than-sixteen.tif")
     Image.new("L", (40, 30), 128).save(folder / "gray.png")
     Image.new("1", (40, 30), 1).save(folder / "bits.png")
     frames = [Image.new("RGB", (40, 30), color) for color in ("blue", "green", "white")]
@@ -980,7 +981,7 @@ def save_odd_images(folder):
     return {
         "turned.jpg": red, "transparent.png": white, "gray-alpha.png": white, "palette.png": red,
         "palette-transparent.png": white, "cmyk.jpg": red, "sixteen.png": white,
-        "sixteen-half.tif": gray, "gray.png": gray, "bits.png": white, "film.gif": blue,
+        "sixteen-half.tif": gray, "more-than-sixteen.tif": white, "gray.png": gray, "bits.png": white, "film.gif": blue,
         "point.png": blue, "line.png": blue,
     }  # fmt: skip
 

@@ -20,6 +20,7 @@ What is unusual here, in reading order:
 import json
 import math
 import os
+import resource
 import sys
 import time
 from copy import deepcopy
@@ -32,6 +33,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import record_function
+from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import utils
 
 import scott
@@ -82,7 +87,7 @@ def open_encoder(options):
         checkpoint = scott.load_checkpoint(options.ckpt)
         of_run = {name: value for name, value in checkpoint["config"].items() if name in names}
         config = scott.resolve(scott.Config(**of_run | {"workers": None} | given))
-        encoder = scott.load_encoder(checkpoint, which=config.which)
+        encoder = scott.load_encoder(options.ckpt, which=config.which)
     return encoder.to(config.device, memory_format=torch.channels_last), config
 
 # ---- Inputs: images, and tokens that are computed once -----------------------------------------
@@ -210,8 +215,9 @@ def effective_rank(features):
     sigma = torch.linalg.svdvals((features - features.mean(0)).double())
     return torch.special.entr(sigma / sigma.sum()).sum().exp().item()
 
-def monitor(name, encoder, images, config):
-    """Print and return an encoder's feature_std, effective_rank and, with labels, knn_top1 in %."""
+def monitor(name, encoder, images, config, untrained=None):
+    """Print and return an encoder's feature_std, effective_rank and, with labels, knn_top1 in %;
+    warn where one of the first two is far below that of the `untrained` encoder."""
     split = evaluation_split(images)
     train, test = split or (np.random.default_rng(0).permutation(len(images))[:2048], [])
     encoder = deepcopy(encoder).eval()
@@ -225,7 +231,18 @@ def monitor(name, encoder, images, config):
         result["knn_top1"] = 100 * (scores.argmax(1) == labels[test]).float().mean().item()
         text = f"k-NN {result['knn_top1']:.1f} %, {text}"
     scott.status(f"{name}: {text}")
+    keys = ("feature_std", "effective_rank")
+    if untrained and any(result[key] < 0.4 * untrained[key] for key in keys):
+        print("warning: the features collapse, rank or deviation is below 40 % of the untrained "
+              "encoder's. Try a lower --lr or an --ema-start closer to 1.")
     return result
+
+def draw_views(path, view_a, view_b, mask):
+    """Picture of what the model sees: views a and b (B, 3, S, S), and a without what is hidden."""
+    hidden = scott.enlarge(mask.unflatten(1, (1, view_a.shape[-2] // 16, -1)), view_a)
+    pictures = torch.cat([view_a, view_b, view_a.masked_fill(hidden, 0)])
+    scott.write_file(path, partial(utils.save_image, pictures, format="png", nrow=len(mask),
+                                   normalize=True))
 
 # ---- Training and measuring --------------------------------------------------------------------
 def accuracies(scores, labels):
@@ -479,6 +496,108 @@ def export(encoder, options, config):
               "labels": np.array(images.labels), "classes": np.array(images.classes, dtype=str)}
     scott.write_file(path, partial(np.savez, **arrays))
     scott.status(f"features {features.shape}, paths, labels and classes: {path}")
+
+# ---- Speed: scott.py --benchmark ---------------------------------------------------------------
+WINDOW = 3.0  # seconds
+
+def calls_per_second(work, device, windows=5):
+    """How often work() runs in a second: (median, lowest, highest) of some windows of time."""
+    rates = []
+    for window in range(windows + 1):  # the first, one call, warms up
+        calls, started = 0, time.perf_counter()
+        while calls == 0 or window and time.perf_counter() - started < WINDOW:
+            work()
+            calls += 1
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        rates.append(calls / (time.perf_counter() - started))
+    return np.median(rates[1:]), min(rates[1:]), max(rates[1:])
+
+def seconds_by_name(work, device, calls=2):
+    """{name: seconds of one work()} of everything under `record_function`, by torch's profiler."""
+    with torch.profiler.profile() as profile:
+        for _ in range(calls):
+            work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+    clock = "cpu_time_total" if device.type == "cpu" else "device_time_total"
+    return {event.key: getattr(event, clock) / calls / 1e6 for event in profile.key_averages()}
+
+def benchmark(config):
+    """Print how fast a run of this resolved config is, and where its time goes; writes nothing.
+    The bare step has random tensors; data ends with the views on the device. Last line: JSON."""
+    device, bf16, batch = torch.device(config.device), config.amp == "bf16", config.batch_size
+    images = scott.open_data(config)
+    indices, rng = images.select(config.split), np.random.default_rng(config.seed)
+    if len(indices) < batch:
+        raise UserError(f"--batch-size {batch}: more than the {len(indices)} images")
+    images.cache(range(len(images)), config.cache_gib)
+    torch.manual_seed(config.seed)
+    objective = scott.MIMJEPA(scott.encoder_of(asdict(config)), config.predictor_depth)
+    objective.to(device, memory_format=torch.channels_last)
+    optimizer = scott.create_optimizer(objective, config.lr)
+    compiled = torch.compile(objective) if config.compile else objective
+    crops_of = scott.Crops(images, config.img_size, config.crop_scale, scott.MASKS[config.mask],
+                           config.mask_ratio, config.seed)
+    keys = scott.epoch_batches(indices, batch, 0, 10**9, config.seed)
+    loader = iter(scott.make_loader(crops_of, config, batch_sampler=keys))
+
+    def to_views(crops, draws, mask):
+        crops, mask = (x.to(device, non_blocking=True) for x in (crops, mask))
+        return *scott.make_views(crops, draws, config.views, config.color_prob, rng), mask
+
+    def step(view_a, view_b, mask, model=compiled):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = model(view_a, view_b, mask)
+        with record_function("backward"):
+            loss.backward()
+        with record_function("optimiser and EMA"):
+            optimizer.step()
+            optimizer.zero_grad()
+            objective.update_teacher(0.996)
+
+    def profiled():
+        with record_function("data"):
+            views = to_views(*default_collate([crops_of[key] for key in next(keys)]))
+        step(*views, model=objective)
+
+    view = torch.randn(batch, 3, config.img_size, config.img_size, device=device)
+    view = view.contiguous(memory_format=torch.channels_last)
+    mask, rates = to_views(*next(loader))[2], {}
+    for name, work in (("step", partial(step, view, view, mask)),
+                       ("data", lambda: to_views(*next(loader))),
+                       ("train", lambda: step(*to_views(*next(loader))))):
+        rates[name], low, high = (batch * x for x in calls_per_second(work, device))
+        print(f"{name:6}{rates[name]:10.1f} images/s ({low:.1f} to {high:.1f})", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak
+
+    side = 2048 if device.type == "cpu" else 8192
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else None)
+    product = 2 * side**3 * calls_per_second(lambda: matrix @ matrix, device)[0]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step(view, view, mask, model=objective)
+    flops = counter.get_total_flops() / batch
+    speed = rates["step"] * flops
+    print(f"{flops / 1e9:.1f} GFLOP an image: {speed / 1e9:,.0f} GFLOP/s in the step, "
+          f"{100 * speed / product:.0f} % of the {product / 1e9:,.0f} of a {config.amp} product of "
+          f"matrices; memory at its peak: {peak / 1e9:.1f} GB")
+
+    for part in (objective.student, objective.teacher):
+        part.tokenizer.forward = record_function("tokenizer")(part.tokenizer.forward)
+    for name in ("student", "teacher", "predictor"):
+        part = getattr(objective, name)
+        part.forward = record_function(name)(part.forward)
+    crops_of.mask = record_function("masks")(crops_of.mask)
+    seconds = seconds_by_name(profiled, device)
+    names = ("data", "masks", "student", "teacher", "tokenizer", "predictor", "backward",
+             "optimiser and EMA")
+    print("milliseconds a step, in one process: " + ", ".join(
+        f"{name} {1e3 * seconds[name]:.0f}" for name in names)
+        + " (masks are part of data, the tokenizer of student and teacher)")
+    results = {f"{name}_images_per_s": rate for name, rate in rates.items()}
+    results |= {"flops_per_s": speed, "matmul_flops_per_s": product}
+    print(json.dumps(results | {"peak_memory_bytes": peak}))
 
 def run(options):
     """Do what the command line says. Raises UserError."""

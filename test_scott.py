@@ -126,8 +126,49 @@ def test_without_hidden_patches_a_sparse_layer_is_the_dense_one(layer, size):
         kernel = torch.tensor([1.0, 2, 1])[:, None] * torch.tensor([1.0, 2, 1]) / 16
         kernel = kernel.expand(3, 1, 3, 3)
         dense = F.conv2d(F.max_pool2d(x, 2, 1), kernel, stride=2, padding=1, groups=3)
-    assert torch.equal(sparse(x), dense)
-    assert torch.equal(sparse(x, mask), dense)
+    assert torch.allclose(sparse(x), dense, atol=1e-6)
+    assert torch.equal(sparse(x, mask), sparse(x))
+    assert torch.equal(sparse(x), dense) or layer == "pool"  # which adds up in another order
+
+
+def test_the_sparse_layers_keep_the_layout_of_their_input():
+    """Lost once, it cost a CPU a third of a step: masked_fill turns channels-last into another."""
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    mask = random_patch_mask()[:, None]
+    for layer in LAYERS.values():
+        sparse = layer().to(memory_format=torch.channels_last)
+        assert sparse(x, mask).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_sparse_convolution_may_have_a_bias():
+    sparse = scott.SparseConv2d(3, 5, 3, padding=1, bias=True)
+    x, mask = torch.zeros(2, 3, 32, 32), random_patch_mask()[:, None]
+    visible = (~scott.enlarge(mask, x)).expand(-1, 5, -1, -1)
+    assert torch.equal(sparse(x, mask), sparse.bias[:, None, None] * visible)
+
+
+def test_dropout_on_a_cpu_drops_at_its_rate_and_keeps_the_mean():
+    x = torch.ones(1000, 333, requires_grad=True)
+    for rate in (0.1, 0.5):
+        out = scott.dropout(x, rate)
+        assert (out == 0).float().mean().item() == pytest.approx(rate, abs=0.005)
+        assert set(out.unique().tolist()) == {0.0, out.max().item()}
+        assert out.mean().item() == pytest.approx(1, abs=0.01)
+        assert torch.equal(torch.autograd.grad(out.sum(), x)[0], out)
+    assert scott.dropout(x, 0.0) is x or torch.equal(scott.dropout(x, 0.0), x)
+    assert torch.equal(scott.dropout(x, 0.5, training=False), x)
+
+
+def test_attention_on_a_cpu_equals_the_fused_one():
+    """Values and gradients; the fused one runs on other devices."""
+    attention, x = scott.Attention(48, 2), torch.randn(3, 9, 48, requires_grad=True)
+    q, k, v = attention.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    fused = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    fused = F.linear(fused, attention.proj.weight)
+    weight = torch.randn_like(fused)
+    assert torch.allclose(attention(x), fused, atol=1e-5)
+    own, other = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (attention(x), fused))
+    assert torch.allclose(own, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -540,7 +581,7 @@ def test_a_checkpoint_holds_everything_and_loads_without_code(run):
     state = torch.load(folder / "last.pt", weights_only=True)
     assert set(state) == {
         "config", "epoch", "step", "student", "teacher", "predictor", "optimizer", "rng", "format",
-        "rows", "loss", "images",
+        "rows", "loss",
     }  # fmt: skip
     assert (state["epoch"], state["step"]) == (2, 6)
     by_default = scott.load_encoder(folder / "last.pt")
@@ -981,8 +1022,8 @@ def save_odd_images(folder):
     return {
         "turned.jpg": red, "transparent.png": white, "gray-alpha.png": white, "palette.png": red,
         "palette-transparent.png": white, "cmyk.jpg": red, "sixteen.png": white,
-        "sixteen-half.tif": gray, "more-than-sixteen.tif": white, "gray.png": gray, "bits.png": white, "film.gif": blue,
-        "point.png": blue, "line.png": blue,
+        "sixteen-half.tif": gray, "more-than-sixteen.tif": white, "gray.png": gray,
+        "bits.png": white, "film.gif": blue, "point.png": blue, "line.png": blue,
     }  # fmt: skip
 
 
@@ -1119,7 +1160,7 @@ def test_resume_goes_on_for_more_epochs_and_refuses_other_settings(
     assert_equal(final_state(folder), before)
     more = Path(shutil.copy("pictures/a/image0.png", "pictures/a/more.png"))
     assert scott.main(["--resume", checkpoint, "--epochs", "3"]) == 2
-    assert "25 images, were 24 before" in capsys.readouterr().err
+    assert "--images 25 (there 24)" in capsys.readouterr().err
     more.unlink()
     assert scott.main(["--resume", checkpoint, "--epochs", "3", "--workers", "0"]) == 0
     assert "3 epochs" in capsys.readouterr().out
@@ -1329,6 +1370,23 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, fl
     printed = capsys.readouterr().err
     assert code == 2 and says in printed and printed.count("\n") == 1, printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_benchmark_ends_with_json_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 17)
+    monkeypatch.setattr(probe, "WINDOW", 0.01)
+    assert scott.main([*LOOSE, "--benchmark"]) == 0
+    numbers = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(numbers) == [
+        "step_images_per_s", "data_images_per_s", "train_images_per_s", "flops_per_s",
+        "matmul_flops_per_s", "peak_memory_bytes",
+    ]  # fmt: skip
+    assert all(value > 0 for value in numbers.values())
+    flops = numbers["flops_per_s"] / numbers["step_images_per_s"]  # of an image
+    weights = sum(p.numel() for p in scott.create_encoder("scott-tiny/16").blocks.parameters())
+    assert 4 * 4 * 2 * weights < flops < 30 * 4 * 2 * weights  # 4 tokens, student and teacher, ...
+    assert not Path("runs").exists()
 
 
 @pytest.mark.slow

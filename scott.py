@@ -345,7 +345,7 @@ def adjust_hue(images, shift):
     """HSV and back: channel n = 5, 3, 1 is V - C min(k, 4 - k, 1) with k = n + 6 H mod 6."""
     value, brightest = images.max(1, keepdim=True)
     chroma = value - images.amin(1, keepdim=True)
-    n = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)
+    n = 5 - 2 * torch.arange(3, device=images.device).view(3, 1, 1)  # 5, 3, 1; a copy would wait
     hues = 5 - n + (images.roll(-1, 1) - images.roll(-2, 1)) * (1 / chroma.clamp_min(1e-8))
     k = (n + hues.gather(1, brightest) + 6 * shift) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
@@ -388,8 +388,9 @@ def color_pipeline(images, draws, probability, rng):
 def normalise(images):
     """uint8, or float in [0, 1] -> float32 standardised by ImageNet's colours, channels last."""
     images = images.float() / 255 if images.dtype == torch.uint8 else images
-    images = TF.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    return images.contiguous(memory_format=torch.channels_last)
+    colors = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    mean, deviation = colors.to(images.device, non_blocking=True)
+    return ((images - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 def make_views(crops, draws, kind="different", probability=0.6, rng=None):
     """uint8 crops (B, 3, S, S), draws (B, 2, 10) on the CPU -> normalised views a and b."""
@@ -449,7 +450,7 @@ class SparseConv2d(nn.Conv2d):
         if mask is None:
             return super().forward(x)
         hidden = enlarge(mask, x)  # `where` and products keep the channels-last layout
-        x = self._conv_forward(torch.where(hidden, 0.0, x), self.weight, None)
+        x = self._conv_forward(torch.where(hidden, x.new_zeros(()), x), self.weight, None)
         scale = (~enlarge(mask, x)).float()
         if self.renormalise:
             window = (self.kernel_size, self.stride, self.padding)
@@ -467,7 +468,7 @@ class SparseMaxBlurPool2d(nn.Module):
 
     def forward(self, x, mask=None):
         if mask is not None:  # low enough to lose, but not to overflow in a mean
-            x = torch.where(enlarge(mask, x), torch.finfo(x.dtype).min / 16, x)
+            x = torch.where(enlarge(mask, x), x.new_full((), torch.finfo(x.dtype).min / 16), x)
         x = F.max_pool2d(x, 2, 1)
         # Two means of 2x2 are the binomial 3x3, [1 2 1] = [1 1] * [1 1], with a fast gradient.
         x = F.avg_pool2d(F.avg_pool2d(x, 2, 1, 1), 2)
@@ -644,8 +645,7 @@ class MIMJEPA(nn.Module):
         """Views (B, 3, H, W), mask (B, N) bool -> Smooth-L1 loss, mean over the hidden tokens."""
         with torch.no_grad():
             target = self.teacher(view_b)  # N(s_y): the encoder ends in the LayerNorm of Eq. 2
-        context = self.student(view_a, mask)  # s_x
-        context = context + self.student.grid_positions(view_a)
+        context = self.student(view_a, mask) + self.student.grid_positions(view_a)  # s_x
         prediction = self.predictor(dropout(context, self.student.dropout, self.training))  # s^_y
         loss = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none").mean(-1)
         return (loss * mask).sum() / mask.sum()
@@ -653,8 +653,8 @@ class MIMJEPA(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum):
         """theta_bar <- momentum * theta_bar + (1 - momentum) * theta."""
-        for target, source in zip(self.teacher.parameters(), self.student.parameters()):
-            target.lerp_(source, 1 - momentum)
+        weights = [list(part.parameters()) for part in (self.teacher, self.student)]
+        torch._foreach_lerp_(*weights, 1 - momentum)  # all in one call
 
 def linear(step, total_steps, start, end):
     """From `start` at step 0 to `end` at the last step, total_steps - 1, exact at both."""

@@ -171,6 +171,79 @@ def test_attention_on_a_cpu_equals_the_fused_one():
     assert torch.allclose(own, other, atol=1e-4)
 
 
+def plain_conv(self, x, mask=None):
+    """SparseConv2d, written for reading: zero, convolve, divide by the visible share, zero."""
+    out = F.conv2d(x if mask is None else x.masked_fill(scott.enlarge(mask, x), 0), self.weight,
+                   stride=self.stride, padding=self.padding)
+    if mask is None:
+        return out
+    inside = torch.ones_like(x[:, :1])
+    taps = torch.ones_like(self.weight[:1, :1])
+    visible = inside.masked_fill(scott.enlarge(mask, x), 0)
+    count, seen = (F.conv2d(y, taps, stride=self.stride, padding=self.padding)
+                   for y in (inside, visible))
+    return (out * count / seen.clamp_min(1)).masked_fill(scott.enlarge(mask, out), 0)
+
+
+def plain_pool(self, x, mask=None):
+    """SparseMaxBlurPool2d with the blur as a depthwise convolution."""
+    x = x if mask is None else x.masked_fill(scott.enlarge(mask, x), -1e4)
+    x = F.max_pool2d(x, 2, 1)
+    kernel = torch.tensor([1.0, 2, 1])[:, None] * torch.tensor([1.0, 2, 1]) / 16
+    kernel = kernel.expand(x.shape[1], 1, 3, 3)
+    x = F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+    return x if mask is None else x.masked_fill(scott.enlarge(mask, x), 0)
+
+
+def plain_attention(self, x):
+    q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_the_fast_training_step_equals_a_plain_one(monkeypatch):
+    """Losses of five steps, gradients of the first, weights of student and teacher after them."""
+
+    def steps(layout, optimizer_of, update):
+        torch.manual_seed(0)
+        objective = scott.MIMJEPA(tiny_encoder(), 1).to(memory_format=layout)
+        optimizer, losses = optimizer_of(objective), []
+        before = [p.detach().clone() for p in objective.parameters()]
+        for _ in range(5):
+            views = torch.randn(2, 4, 3, 64, 64)
+            mask = random_patch_mask(4).flatten(1)
+            optimizer.zero_grad()
+            loss = objective(*(view.contiguous(memory_format=layout) for view in views), mask)
+            loss.backward()
+            grads = [p.grad.clone() for p in objective.parameters() if p.grad is not None]
+            first = grads if not losses else first
+            losses.append(loss.item())
+            optimizer.step()
+            update(objective)
+        return losses, first, [p - b for p, b in zip(objective.parameters(), before)]
+
+    def plain_update(objective):
+        with torch.no_grad():
+            for target, source in zip(objective.teacher.parameters(),
+                                      objective.student.parameters()):
+                target.copy_(0.9 * target + 0.1 * source)
+
+    def plain_optimizer(objective):
+        groups = scott.create_optimizer(objective, 1e-3).param_groups
+        return torch.optim.AdamW([{"params": g["params"]} for g in groups], 1e-3, foreach=False)
+
+    fast = steps(torch.channels_last, lambda objective: scott.create_optimizer(objective, 1e-3),
+                 lambda objective: objective.update_teacher(0.9))
+    monkeypatch.setattr(scott.SparseConv2d, "forward", plain_conv)
+    monkeypatch.setattr(scott.SparseMaxBlurPool2d, "forward", plain_pool)
+    monkeypatch.setattr(scott.Attention, "forward", plain_attention)
+    plain = steps(torch.contiguous_format, plain_optimizer, plain_update)
+    assert fast[0] == pytest.approx(plain[0], rel=1e-4)
+    for own, other in zip(fast[1], plain[1]):
+        assert torch.allclose(own, other, atol=1e-5, rtol=1e-3)
+    for own, other in zip(fast[2], plain[2]):  # the teacher's are ten times smaller
+        assert (own - other).norm() < 0.02 * other.norm() + 1e-6
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_hidden_sites_have_no_influence_and_stay_empty(layer, renormalise):

@@ -515,6 +515,7 @@ def calls_per_second(work, device, windows=5):
 
 def seconds_by_name(work, device, calls=2):
     """{name: seconds of one work()} of everything under `record_function`, by torch's profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it need not tell that there is no GPU
     with torch.profiler.profile() as profile:
         for _ in range(calls):
             work()

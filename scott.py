@@ -28,7 +28,7 @@ import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +103,7 @@ class Config:
     resume: str | None = flag(None, "go on: --out's run, or this file", nargs="?", const="")
 
 DEMO = dict(model="scott-tiny/16", img_size=64, crop_scale=0.5, dropout=0.0, attention_dropout=0.0,
-            drop_path=0.0, predictor_depth=2, which="student", epochs=20, batch_size=32)
+            drop_path=0.0, predictor_depth=2, which="student", epochs=30, batch_size=32)
 
 def parse_config(argv=None, cls=Config):
     """Command line -> `cls`: its defaults, the demo's preset, then the flags that were given."""
@@ -142,10 +142,11 @@ def resolve(config):
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     name = str(best) if config.device == "auto" else config.device
     name += f":{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else ""  # torchrun: a GPU each
-    try:
-        torch.zeros(1, device=name)
+    try:  # a first use, which --compile needs a compiler for
+        (torch.compile(torch.neg) if config.compile else torch.neg)(torch.ones(1, device=name))
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        used = f"--device {name}" + " --compile" * config.compile
+        raise UserError(f"{used}: {' '.join(str(error).splitlines()[:2])}") from None
     linux = sys.platform == "linux"
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if name.startswith("cuda")
             else linux and "bf16" in Path("/proc/cpuinfo").read_text())  # AVX512-BF16, AMX, ARM
@@ -505,7 +506,6 @@ class PatchEmbed(nn.Conv2d):
         tokens = super().forward(images).flatten(2).transpose(1, 2)
         return tokens if mask is None else tokens.masked_fill(mask[..., None], 0)
 
-@cache
 def sincos_positions(height, width, dim, device="cpu"):
     """Fixed 2-D sin-cos positions of the integer grid indices: (height * width, dim) float32."""
     frequency = 10000 ** (-torch.arange(dim // 4, device=device) / (dim // 4))

@@ -1463,9 +1463,21 @@ def test_benchmark_ends_with_json_and_writes_nothing(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
-def test_compile_trains(tmp_path, monkeypatch):
-    _, rows = train_here(tmp_path, monkeypatch, "--compile")
-    assert 0 < float(rows[-1]["loss"]) < 2
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_compiled_training_is_training(tmp_path, monkeypatch):
+    flags = ["--dropout", "0", "--attention-dropout", "0", "--drop-path", "0", "--out"]
+    _, rows = train_here(tmp_path, monkeypatch, *flags, "a")
+    _, compiled = train_here(tmp_path, monkeypatch, *flags, "b", "--compile")
+    assert float(compiled[-1]["loss"]) == pytest.approx(float(rows[-1]["loss"]), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_compile_without_a_compiler_is_explained(tmp_path):
+    env = os.environ | {"PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, SCOTT, "--device", "cpu", "--compile"]
+    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and "--compile" in run.stderr and "ompiler" in run.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

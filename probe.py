@@ -401,7 +401,7 @@ def probe(encoder, options, config):
           f"training and {len(split[1]):,} test images of {len(images.classes)} classes, "
           f"{config.device} {config.amp}", flush=True)
     if wrong := images.cache([*split[0], *split[1]], config.cache_gib):
-        raise wrong[0]
+        raise wrong[0]  # a result is of all images, or of none
     torch.manual_seed(config.seed)
     results, started = {}, time.time()
     if set(options.mode) - {"finetune"}:
@@ -524,8 +524,8 @@ def seconds_by_name(work, device, calls=2):
     clock = "cpu_time_total" if device.type == "cpu" else "device_time_total"
     return {event.key: getattr(event, clock) / calls / 1e6 for event in profile.key_averages()}
 
-def benchmark(config):
-    """Print how fast a run of this resolved config is, and where its time goes; writes nothing.
+def benchmark(config, objective=None):
+    """Print how fast `train` is with this resolved config, and where its time goes; writes nothing.
     The bare step has random tensors; data ends with the views on the device. Last line: JSON."""
     device, bf16, batch = torch.device(config.device), config.amp == "bf16", config.batch_size
     images = scott.open_data(config)
@@ -534,7 +534,8 @@ def benchmark(config):
         raise UserError(f"--batch-size {batch}: more than the {len(indices)} images")
     images.cache(range(len(images)), config.cache_gib)
     torch.manual_seed(config.seed)
-    objective = scott.MIMJEPA(scott.encoder_of(asdict(config)), config.predictor_depth)
+    encoder = scott.encoder_of(asdict(config))
+    objective = objective or scott.MIMJEPA(encoder, config.predictor_depth)
     objective.to(device, memory_format=torch.channels_last)
     optimizer = scott.create_optimizer(objective, config.lr)
     compiled = torch.compile(objective) if config.compile else objective

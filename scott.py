@@ -395,9 +395,8 @@ def normalise(images):
 
 def make_views(crops, draws, kind="different", probability=0.6, rng=None):
     """uint8 crops (B, 3, S, S), draws (B, 2, 10) on the CPU -> normalised views a and b."""
-    count = {"none": 0, "same": 1, "different": 2}[kind]
-    views = [color_pipeline(crops.float() / 255, draws[:, i], probability, rng)
-             for i in range(count)] or [crops]
+    count, crops = {"none": 0, "same": 1, "different": 2}[kind], crops.float() / 255
+    views = [color_pipeline(crops, draws[:, i], probability, rng) for i in range(count)] or [crops]
     return normalise(views[0]), normalise(views[-1])
 
 # ---- Masks: True = hidden from the student, exactly int(ratio * Gh * Gw) patches (sec. 3.2) ----
@@ -746,8 +745,8 @@ def continue_from(checkpoint, config, parts, images):
         print(f"{config.epochs} epochs instead of {saved['epochs']}: the schedules are new from "
               f"step {checkpoint['step']}")
         saved = saved | {"epochs": config.epochs}
-    other = [f"--{name.replace('_', '-')} {now[name]} (there {saved.get(name)})"
-             for name in now if name not in FREE and now[name] != saved.get(name)]
+    other = [f"{name} {now[name]} (there {saved.get(name)})" for name in now
+             if name not in FREE and now[name] != saved.get(name)]
     if other:
         raise UserError(f"{config.resume} is a run with other settings: {', '.join(other)}")
     for name, part in parts.items():
@@ -759,7 +758,7 @@ def train(config, objective=None):
     from probe import benchmark, draw_views, monitor  # not at the top: probe.py imports this file
     begun, config = time.time(), resolve(config)
     if config.benchmark:
-        return benchmark(config)
+        return benchmark(config, objective)
     device, cuda = torch.device(config.device), config.device.startswith("cuda")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % processes:
@@ -841,7 +840,8 @@ def train(config, objective=None):
             stop = agreed.item()
         save = step + 1 == total or stop or now - saved > 60 * config.save_minutes
         if save or done == steps or now - shown > 1:  # only here the device is waited for
-            if not all(x.isfinite().all() for x in (losses, *objective.parameters())):
+            sizes = torch._foreach_norm([losses, *objective.parameters()])
+            if not torch.stack(sizes).isfinite().all():
                 raise UserError(f"the loss or a weight is not finite by step {step + 1}, learning "
                                 f"rate {lr:g}. Try a lower --lr or --amp fp32; last.pt is older")
             shown, row = now, {
@@ -880,7 +880,7 @@ next: python probe.py --ckpt {folder}/last.pt, or python scott.py --data path/to
 def main(argv=None, run=train, cls=Config):
     """The command line of a program, `run(cls)`; returns the exit code."""
     def stop(number, _):
-        print("stopped before the first step: nothing to save", file=sys.stderr)
+        print("stopped: no step was under way, there is nothing to save", file=sys.stderr)
         raise SystemExit(128 + number)
     for number in SIGNALS:
         signal.signal(number, stop)

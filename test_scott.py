@@ -131,13 +131,22 @@ def test_without_hidden_patches_a_sparse_layer_is_the_dense_one(layer, size):
     assert torch.equal(sparse(x), dense) or layer == "pool"  # which adds up in another order
 
 
-def test_the_sparse_layers_keep_the_layout_of_their_input():
+def test_the_sparse_layers_keep_the_layout_of_their_input(monkeypatch):
     """Lost once, it cost a CPU a third of a step: masked_fill turns channels-last into another."""
+    seen = []
+    for name in ("conv2d", "max_pool2d", "avg_pool2d"):
+
+        def record(x, *args, original=getattr(F, name), **kwargs):
+            seen.append(x)
+            return original(x, *args, **kwargs)
+
+        monkeypatch.setattr(F, name, record)
     x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     mask = random_patch_mask()[:, None]
     for layer in LAYERS.values():
-        sparse = layer().to(memory_format=torch.channels_last)
-        assert sparse(x, mask).is_contiguous(memory_format=torch.channels_last)
+        seen.append(layer().to(memory_format=torch.channels_last)(x, mask))
+    assert len(seen) == 7  # convolution, share, result; maximum, two means, result
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in seen)
 
 
 def test_a_sparse_convolution_may_have_a_bias():

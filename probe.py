@@ -35,7 +35,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import record_function
-from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import utils
 
@@ -54,6 +53,11 @@ class ProbeConfig:
     data: str | None = flag(None, "as in scott.py (default: the run's)")
     root: str | None = flag(None, "as in scott.py (default: the run's)")
     img_size: int | None = flag(None, "side of the input, pixels (default: the run's)", 16, 8192)
+    crop_scale: float | None = flag(None, "as in scott.py (default: the run's)", 0.01, 1)
+    views: str | None = flag(None, "colours of the crops that heads learn on (default: the run's)",
+                             choices=("different", "same", "none"))
+    color_prob: float | None = flag(None, "as in scott.py (default: the run's)", 0, 1)
+    flip_prob: float | None = flag(None, "as in scott.py (default: the run's)", 0, 1)
     epochs: int | None = flag(None, "default: 100; 300 from scratch", 1, 10**6)
     batch_size: int | None = flag(None, "default: 64; of a whole network the run's", 1, 10**6)
     lr: float | None = flag(None, "peak (default: 5e-4; fine-tuning 1e-4)", 0, 1)
@@ -99,7 +103,8 @@ def view_batches(images, indices, copy, order, config):
     keys = [int(i) if copy == 0 else (copy, int(i)) for i in indices]
     batches = order.split(config.batch_size)
     kind = "none" if config.views == "none" else "same"  # one treatment, or none
-    crops_of = scott.Crops(images, config.img_size, config.crop_scale, seed=config.seed)
+    crops_of = scott.Crops(images, config.img_size, config.crop_scale, seed=config.seed,
+                           flip=config.flip_prob)
     sampler = [[keys[row] for row in rows] for rows in batches]
     for rows, batch in zip(batches, scott.make_loader(crops_of, config, batch_sampler=sampler)):
         crops = (batch if copy == 0 else batch[0]).to(device, non_blocking=True)
@@ -237,12 +242,53 @@ def monitor(name, encoder, images, config, untrained=None):
               "encoder's. Try a lower --lr or an --ema-start closer to 1.")
     return result
 
+def report(row, left, final):
+    """Print a step's `row` of metrics; left: seconds; final: as in `scott.status`."""
+    text = "epoch {epoch} step {step} loss {loss:.4f} {images_per_s} images/s".format(**row)
+    scott.status(f"{text}, {left / 60:.1f} min left", final)
+
+COLUMNS = ("epoch step loss lr weight_decay ema images_per_s feature_std effective_rank "
+           "knn_top1").split()
+
+def write_metrics(path, rows):
+    """metrics.csv: a line an epoch; what a row (dict) has not is blank."""
+    lines = [COLUMNS, *([str(row.get(name, "")) for name in COLUMNS] for row in rows)]
+    scott.write_file(path, "\n".join(map(",".join, lines)) + "\n")
+
 def draw_views(path, view_a, view_b, mask):
     """Picture of what the model sees: views a and b (B, 3, S, S), and a without what is hidden."""
     hidden = scott.enlarge(mask.unflatten(1, (1, view_a.shape[-2] // 16, -1)), view_a)
     pictures = torch.cat([view_a, view_b, view_a.masked_fill(hidden, 0)])
     scott.write_file(path, partial(utils.save_image, pictures, format="png", nrow=len(mask),
                                    normalize=True))
+
+# ---- The demo's images ------------------------------------------------------------------------
+def draw_flowers(count=3072, size=128):
+    """The demo: flowers of 3 to 6 petals, round or pointed (8 classes); the last third is test."""
+    generator = torch.Generator().manual_seed(0)
+    axis, images, labels = torch.linspace(-1, 1, size), {}, torch.arange(count) % 8
+    sector, yellow = torch.tensor([[5.0, 3, 1], [0.85, 0.65, 0.1]]).view(2, 3, 1, 1)
+    def uniform(low, high, cells=1):
+        return low + (high - low) * torch.rand(len(kind), 1, cells, cells, generator=generator)
+    def texture(cells):
+        return F.interpolate(uniform(-1, 1, cells), (size, size), mode="bicubic")
+    for kind in labels.view(-1, 1, 1, 1).split(256):
+        x, y = axis - uniform(-0.25, 0.25), axis[:, None] - uniform(-0.25, 0.25)
+        radius, turn = torch.hypot(x, y) / uniform(0.6, 0.9), torch.atan2(y, x) / math.pi
+        across = ((turn + uniform(0, 2)) * (3 + kind // 2) % 2 - 1).abs()  # 1: between petals
+        edge = 1 - 0.75 * torch.where(kind % 2 == 1, across, across**4)
+        hue = (sector + uniform(0, 6).floor() + uniform(-0.2, 0.2)) % 6
+        petal = 1 - 0.75 * torch.minimum(hue, 4 - hue).clamp(0, 1)
+        petal = petal * (0.9 - 0.25 * across - 0.25 * radius + 0.05 * texture(24))
+        light = uniform(0.3, 0.54) + 0.1 * texture(5) + 0.1 * texture(20)
+        ground = light * torch.cat([uniform(0.5, 0.9), uniform(0.9, 1.2), uniform(0.3, 0.6)], 1)
+        disk = yellow * (0.9 + 0.3 * texture(40))
+        picture = torch.where(radius < 0.24, disk, torch.where(radius < edge, petal, ground))
+        images |= enumerate((picture.clamp(0, 1) * 255).byte(), len(images))
+    classes = [f"{n} {shape} petals" for n in (3, 4, 5, 6) for shape in ("round", "pointed")]
+    splits = ["train" if i < count * 2 / 3 else "test" for i in range(count)]
+    paths = [f"demo {i}" for i in images]
+    return scott.ImageSet(paths, labels.tolist(), splits, classes, images=images)
 
 # ---- Training and measuring --------------------------------------------------------------------
 def accuracies(scores, labels):
@@ -535,22 +581,23 @@ def benchmark(config, objective=None):
     images.cache(range(len(images)), config.cache_gib)
     torch.manual_seed(config.seed)
     encoder = scott.encoder_of(asdict(config))
-    objective = objective or scott.MIMJEPA(encoder, config.predictor_depth)
+    objective = objective or scott.MIMJEPA(encoder, config.predictor_depth, config.hidden_targets)
     objective.to(device, memory_format=torch.channels_last)
-    optimizer = scott.create_optimizer(objective, config.lr)
+    optimizer = scott.create_optimizer(objective, config.lr, config.beta2)
     compiled = torch.compile(objective) if config.compile else objective
     crops_of = scott.Crops(images, config.img_size, config.crop_scale, scott.MASKS[config.mask],
-                           config.mask_ratio, config.seed)
+                           config.mask_ratio, config.seed, config.flip_prob)
     keys = scott.epoch_batches(indices, batch, 0, 10**9, config.seed)
-    loader = iter(scott.make_loader(crops_of, config, batch_sampler=keys))
+    loader = scott.make_loader(crops_of, config, objective, batch_sampler=keys)
+    batches, collate = iter(loader), loader.collate_fn
 
-    def to_views(crops, draws, mask):
-        crops, mask = (x.to(device, non_blocking=True) for x in (crops, mask))
-        return *scott.make_views(crops, draws, config.views, config.color_prob, rng), mask
+    def to_views(crops, draws, *masks):
+        crops, *masks = (x.to(device, non_blocking=True) for x in (crops, *masks))
+        return *scott.make_views(crops, draws, config.views, config.color_prob, rng), *masks
 
-    def step(view_a, view_b, mask, model=compiled):
+    def step(view_a, view_b, *masks, model=compiled):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = model(view_a, view_b, mask)
+            loss = model(view_a, view_b, *masks)
         with record_function("backward"):
             loss.backward()
         with record_function("optimiser and EMA"):
@@ -560,15 +607,15 @@ def benchmark(config, objective=None):
 
     def profiled():
         with record_function("data"):
-            views = to_views(*default_collate([crops_of[key] for key in next(keys)]))
+            views = to_views(*collate([crops_of[key] for key in next(keys)]))
         step(*views, model=objective)
 
     view = torch.randn(batch, 3, config.img_size, config.img_size, device=device)
     view = view.contiguous(memory_format=torch.channels_last)
-    mask, rates = to_views(*next(loader))[2], {}
-    for name, work in (("step", partial(step, view, view, mask)),
-                       ("data", lambda: to_views(*next(loader))),
-                       ("train", lambda: step(*to_views(*next(loader))))):
+    masks, rates = to_views(*next(batches))[2:], {}
+    for name, work in (("step", partial(step, view, view, *masks)),
+                       ("data", lambda: to_views(*next(batches))),
+                       ("train", lambda: step(*to_views(*next(batches))))):
         rates[name], low, high = (batch * x for x in calls_per_second(work, device))
         print(f"{name:6}{rates[name]:10.1f} images/s ({low:.1f} to {high:.1f})", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -578,7 +625,7 @@ def benchmark(config, objective=None):
     matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else None)
     product = 2 * side**3 * calls_per_second(lambda: matrix @ matrix, device)[0]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step(view, view, mask, model=objective)
+        step(view, view, *masks, model=objective)
     flops = counter.get_total_flops() / batch
     speed = rates["step"] * flops
     print(f"{flops / 1e9:.1f} GFLOP an image: {speed / 1e9:,.0f} GFLOP/s in the step, "

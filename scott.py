@@ -66,6 +66,7 @@ class Config:
     crop_scale: float = flag(0.2, "smallest crop, share of the image's area", 0.01, 1)
     views: str = flag("different", "colours of the views", choices=("different", "same", "none"))
     color_prob: float = flag(0.6, "probability of a colour pipeline, per view", 0, 1)
+    flip_prob: float = flag(0.5, "probability of a horizontal flip", 0, 1)
     workers: int | None = flag(None, "loader processes (default: 1, GPU: 16)", 0, 256)
     cache_gib: float = flag(8.0, "memory for decoded images, GiB", 0, 1e5)
     model: str = flag("scott-12/16", "scott- or vit- and tiny, 3, 7, 9 or 12 /16", group="model")
@@ -73,7 +74,9 @@ class Config:
     dropout: float = flag(0.2, "after the positions and the attention projection", 0, 0.9)
     attention_dropout: float = flag(0.1, "on the attention weights", 0, 0.9)
     drop_path: float = flag(0.1, "stochastic depth of the last block, linear from 0", 0, 0.9)
+    registers: int = flag(0, "learnable tokens beside the patches", 0, 64)
     predictor_depth: int = flag(3, "blocks of the predictor", 1, 48)
+    hidden_targets: bool = flag(False, "predict four blocks of the teacher, as Bootleg, not one")
     renormalise: bool = flag(True, "divide by the visible share of each kernel")
     residual_norm: bool = flag(False, "LayerNorm on the residual stream, as the released code")
     which: str = flag("teacher", "encoder to monitor and load", choices=("teacher", "student"))
@@ -86,6 +89,7 @@ class Config:
     lr_start: float = flag(1e-6, "learning rate of the first step", 0, 1)
     lr_end: float = flag(1e-5, "learning rate of the last step", 0, 1)
     lr_flat: float = flag(0.72, "share of the steps after warm-up at the peak", 0, 1)
+    beta2: float = flag(0.999, "AdamW's memory of squared gradients", 0, 0.9999)
     warmup_epochs: float | None = flag(None, "default: 40, at most 40/300 of --epochs", 0, 10**6)
     wd_start: float = flag(0.04, "weight decay of the first step", 0, 10)
     wd_end: float = flag(0.4, "weight decay of the last step", 0, 10)
@@ -101,6 +105,12 @@ class Config:
     max_minutes: float = flag(1e6, "stop after so long; --resume goes on", 0, 1e6)
     benchmark: bool = flag(False, "measure the speed for a minute; writes no run")
     resume: str | None = flag(None, "go on: --out's run, or this file", nargs="?", const="")
+
+    def schedule(self, step, total, warmup):
+        """Learning rate, weight decay and teacher momentum of a step (Table 6)."""
+        return (lr_schedule(step, total, warmup, self.lr_start, self.lr, self.lr_end, self.lr_flat),
+                weight_decay_schedule(step, total, start=self.wd_start, end=self.wd_end),
+                ema_schedule(step, total, start=self.ema_start, end=self.ema_end))
 
 DEMO = dict(model="scott-tiny/16", img_size=64, crop_scale=0.5, dropout=0.0, attention_dropout=0.0,
             drop_path=0.0, predictor_depth=2, which="student", epochs=30, batch_size=32)
@@ -241,6 +251,7 @@ def open_data(config):
     """The `ImageSet` that `--data` and `--root` name. Raises UserError if there is none."""
     side = math.ceil(config.img_size * max(256 / 224, config.crop_scale**-0.5))  # fits all crops
     if config.data == "demo":
+        from probe import draw_flowers  # not at the top: probe.py imports this file
         return draw_flowers()
     if config.data not in TORCHVISION:
         return image_folder(config, side)
@@ -277,42 +288,16 @@ def image_folder(config, side):
     classes, numbers = np.unique(["", *labels], return_inverse=True)  # "" is 0, to become -1
     return ImageSet(paths, (numbers[1:] - 1).tolist(), splits, classes[1:].tolist(), side)
 
-def draw_flowers(count=3072, size=128):
-    """The demo: flowers of 3 to 6 petals, round or pointed (8 classes); the last third is test."""
-    generator = torch.Generator().manual_seed(0)
-    axis, images, labels = torch.linspace(-1, 1, size), {}, torch.arange(count) % 8
-    sector, yellow = torch.tensor([[5.0, 3, 1], [0.85, 0.65, 0.1]]).view(2, 3, 1, 1)
-    def uniform(low, high, cells=1):
-        return low + (high - low) * torch.rand(len(kind), 1, cells, cells, generator=generator)
-    def texture(cells):
-        return F.interpolate(uniform(-1, 1, cells), (size, size), mode="bicubic")
-    for kind in labels.view(-1, 1, 1, 1).split(256):
-        x, y = axis - uniform(-0.25, 0.25), axis[:, None] - uniform(-0.25, 0.25)
-        radius, turn = torch.hypot(x, y) / uniform(0.6, 0.9), torch.atan2(y, x) / math.pi
-        across = ((turn + uniform(0, 2)) * (3 + kind // 2) % 2 - 1).abs()  # 1: between petals
-        edge = 1 - 0.75 * torch.where(kind % 2 == 1, across, across**4)
-        hue = (sector + uniform(0, 6).floor() + uniform(-0.2, 0.2)) % 6
-        petal = 1 - 0.75 * torch.minimum(hue, 4 - hue).clamp(0, 1)
-        petal = petal * (0.9 - 0.25 * across - 0.25 * radius + 0.05 * texture(24))
-        light = uniform(0.3, 0.54) + 0.1 * texture(5) + 0.1 * texture(20)
-        ground = light * torch.cat([uniform(0.5, 0.9), uniform(0.9, 1.2), uniform(0.3, 0.6)], 1)
-        disk = yellow * (0.9 + 0.3 * texture(40))
-        picture = torch.where(radius < 0.24, disk, torch.where(radius < edge, petal, ground))
-        images |= enumerate((picture.clamp(0, 1) * 255).byte(), len(images))
-    classes = [f"{n} {shape} petals" for n in (3, 4, 5, 6) for shape in ("round", "pointed")]
-    splits = ["train" if i < count * 2 / 3 else "test" for i in range(count)]
-    return ImageSet([f"demo {i}" for i in images], labels.tolist(), splits, classes, images=images)
-
 class Crops(torch.utils.data.Dataset):
     """Item (epoch, index), keyed by both and the seed: a random crop and flip (App. C), uint8
     (3, S, S); uniform numbers (2, 10) for the colours of its two views; a mask (N,) bool.
     Item index: the centre crop of the image resized to 256/224 of the size."""
-    def __init__(self, images, size, crop_scale=0.2, mask=None, ratio=0.6, seed=0):
+    def __init__(self, images, size, crop_scale=0.2, mask=None, ratio=0.6, seed=0, flip=0.5):
         self.images, self.seed, bicubic = images, seed, T.InterpolationMode.BICUBIC
         self.mask = partial(mask or blockwise_mask, (size // 16, size // 16), ratio)
         self.centre = T.Compose([T.Resize(round(size * 256 / 224), bicubic), T.CenterCrop(size)])
         self.crop = T.Compose([T.RandomResizedCrop(size, (crop_scale, 1), interpolation=bicubic),
-                               T.RandomHorizontalFlip()])
+                               T.RandomHorizontalFlip(flip)])
 
     def __getitem__(self, key):
         if not isinstance(key, tuple):
@@ -331,13 +316,15 @@ def epoch_batches(indices, batch_size, start, total, seed, rank=0, processes=1):
         batch = order[position * batch_size : (position + 1) * batch_size]
         yield [(epoch, i) for i in batch[rank::processes]]
 
-def make_loader(crops, config, **batching):
-    """A DataLoader whose processes are forked on Linux, so that they share the decoded images."""
+def make_loader(crops, config, objective=None, **batching):
+    """A DataLoader whose processes are forked on Linux, so that they share the decoded images. An
+    objective with a `collate` makes batches itself: crops, draws, what is hidden, other masks."""
     def detach(_):  # what ends the group is for the main process, which finishes its step
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     context = "fork" if config.workers and sys.platform == "linux" else None
-    batching |= {"multiprocessing_context": context, "pin_memory": config.device.startswith("cuda")}
+    batching |= {"multiprocessing_context": context, "pin_memory": config.device.startswith("cuda"),
+                 "collate_fn": getattr(objective, "collate", None)}
     return torch.utils.data.DataLoader(crops, num_workers=config.workers,
                                        worker_init_fn=detach, **batching)
 
@@ -576,8 +563,10 @@ def make_blocks(depth, dim, num_heads, drop_path=0.0, **options):
 class ViT(nn.Module):
     """Vision Transformer over a tokenizer: no class token, fixed positions, one mask token (Eq. 1).
     forward(images (B, 3, H, W), mask (B, N) bool or None) -> (B, N, D) after the final LayerNorm,
-    for any H and W divisible by 16, otherwise ValueError. Further `options` go to every `Block`."""
-    def __init__(self, tokenizer, embed_dim=384, depth=12, num_heads=6, **options):
+    for any H and W divisible by 16, otherwise ValueError. Further `options` go to every `Block`.
+    With visible (B, K), indices: of these patches only, behind the R registers, (B, R + K, D).
+    With layers, from 1: of these blocks, each LayerNormed, joined to (B, N, D * len(layers))."""
+    def __init__(self, tokenizer, embed_dim=384, depth=12, num_heads=6, registers=0, **options):
         super().__init__()
         if embed_dim % num_heads or embed_dim % 4:
             raise UserError(f"heads, {num_heads}, and 4 must divide the width, {embed_dim}")
@@ -585,20 +574,30 @@ class ViT(nn.Module):
         self.block_options, self.dropout = options, options.get("dropout", 0.0)
         self.mask_token = nn.Parameter(torch.randn(embed_dim) * 1e-6)
         self.blocks = make_blocks(depth, embed_dim, num_heads, **options)
+        self.registers = nn.Parameter(torch.randn(registers, embed_dim) / 50) if registers else None
 
     def grid_positions(self, images):
         """Positions (N, D) of the patches of `images`."""
         height, width = images.shape[-2] // 16, images.shape[-1] // 16
         return sincos_positions(height, width, self.embed_dim, images.device)
 
-    def forward(self, images, mask=None):
+    def forward(self, images, mask=None, visible=None, layers=None):
         if images.shape[-2] % 16 or images.shape[-1] % 16:
             raise ValueError(f"image size {tuple(images.shape[-2:])} is not divisible by 16")
         tokens = self.tokenizer(images, mask)
-        if mask is not None:
+        if mask is not None and visible is None:
             tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
         tokens = dropout(tokens + self.grid_positions(images), self.dropout, self.training)
-        return F.layer_norm(self.blocks(tokens), (self.embed_dim,))
+        if visible is not None:
+            tokens = tokens.take_along_dim(visible[..., None], 1)
+        if self.registers is not None:
+            tokens = torch.cat([self.registers.expand(len(tokens), -1, -1), tokens], 1)
+        outputs, first = [], len(self.registers) if self.registers is not None else 0
+        for layer, block in enumerate(self.blocks, 1):
+            tokens = block(tokens)
+            if layer in (layers or [len(self.blocks)]):
+                outputs.append(F.layer_norm(tokens, (self.embed_dim,)))
+        return torch.cat(outputs, -1)[:, first if visible is None else 0 :]
 
 SIZES = {  # width, depth, heads (Tables 4 and 11; the heads of 3 and 9 blocks are not stated)
     "tiny": (192, 4, 3), "3": (384, 3, 4), "7": (384, 7, 4), "9": (384, 9, 4), "12": (384, 12, 6)}
@@ -617,19 +616,25 @@ def create_encoder(name, img_size=224, heads=None, renormalise=True, **overrides
 
 def encoder_of(config):
     """The new, untrained encoder that the dict of a `Config` describes."""
-    return create_encoder(config["model"], config["img_size"], **{name: config[name] for name in (
-        "heads", "renormalise", "dropout", "attention_dropout", "drop_path", "residual_norm")})
+    names = "heads renormalise registers dropout attention_dropout drop_path residual_norm".split()
+    return create_encoder(config["model"], **{name: config[name] for name in names})
 
 # ---- MIM-JEPA (sec. 3.2) and its schedules (sec. 4.2, Table 6) ---------------------------------
+def hidden_layers(depth):
+    """Blocks whose outputs Bootleg predicts: 1, 4, 8 and 12 of 12, in proportion of others."""
+    return sorted({1, round(depth / 3), round(2 * depth / 3), depth} - {0})
+
 class MIMJEPA(nn.Module):
     """Predict what the teacher says about patches that the student does not see (Eq. 2).
-    student: context encoder f_theta; teacher: target encoder, its average; predictor: f_phi."""
-    def __init__(self, encoder, predictor_depth=3):
+    student: context encoder f_theta; teacher: target encoder, its average; predictor: f_phi.
+    hidden_targets: predict what four blocks of the teacher say (Bootleg, arXiv 2603.15553)."""
+    def __init__(self, encoder, predictor_depth=3, hidden_targets=False):
         super().__init__()
-        self.student = encoder
+        depth, self.student = len(encoder.blocks), encoder
+        self.layers = hidden_layers(depth) if hidden_targets else [depth]
         self.teacher = copy.deepcopy(encoder).requires_grad_(False)
         width = encoder.embed_dim
-        head = nn.Linear(width, width)
+        head = nn.Linear(width, width * len(self.layers))
         nn.init.trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         blocks = make_blocks(predictor_depth, width, encoder.num_heads, **encoder.block_options)
@@ -643,7 +648,7 @@ class MIMJEPA(nn.Module):
     def forward(self, view_a, view_b, mask):
         """Views (B, 3, H, W), mask (B, N) bool -> Smooth-L1 loss, mean over the hidden tokens."""
         with torch.no_grad():
-            target = self.teacher(view_b)  # N(s_y): the encoder ends in the LayerNorm of Eq. 2
+            target = self.teacher(view_b, layers=self.layers)  # N(s_y): it ends in a LayerNorm
         context = self.student(view_a, mask) + self.student.grid_positions(view_a)  # s_x
         prediction = self.predictor(dropout(context, self.student.dropout, self.training))  # s^_y
         loss = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none").mean(-1)
@@ -672,12 +677,15 @@ def lr_schedule(step, total_steps, warmup_steps=0, start=1e-6, peak=5e-4, end=1e
 weight_decay_schedule = partial(linear, start=0.04, end=0.4)
 ema_schedule = partial(linear, start=0.996, end=1.0)
 
-def create_optimizer(module, lr):
-    """AdamW of what needs gradients; vectors and biases are the group that is not `decayed`."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if (p.ndim > 1) == decayed], "decayed": decayed}
-              for decayed in (True, False)]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+def create_optimizer(module, lr, beta2=0.999):
+    """AdamW of what needs gradients; vectors and biases are not `decayed`. A weight may have an
+    attribute `lr_scale`, its share of the learning rate."""
+    groups = {}
+    for p in (p for p in module.parameters() if p.requires_grad):
+        groups.setdefault((p.ndim > 1, getattr(p, "lr_scale", 1.0)), []).append(p)
+    groups = [{"params": weights, "decayed": decayed, "lr_scale": scale}
+              for (decayed, scale), weights in sorted(groups.items(), reverse=True)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
 
 # ---- Training: files, and the run --------------------------------------------------------------
 FORMAT = 2  # of last.pt; to be raised when its keys change
@@ -715,9 +723,9 @@ def load_checkpoint(path):
         raise UserError(f"{path}: cut short or damaged") from None
     if not isinstance(checkpoint, dict) or not {"format", "config", "teacher"} <= set(checkpoint):
         raise UserError(f"{path}: of other software, not a checkpoint of scott.py")
-    if checkpoint["format"] != FORMAT:
-        age = "newer" if checkpoint["format"] > FORMAT else "older"
-        raise UserError(f"{path}: of a {age} scott.py, format {checkpoint['format']} not {FORMAT}")
+    if (n := checkpoint["format"]) != FORMAT:
+        raise UserError(f"{path}: of a{' newer' if n > FORMAT else 'n older'} scott.py, format {n}")
+    checkpoint["config"] = asdict(Config()) | checkpoint["config"]  # flags that are newer than it
     return checkpoint
 
 def load_encoder(path, device="cpu", which=None):
@@ -726,8 +734,6 @@ def load_encoder(path, device="cpu", which=None):
     encoder = encoder_of(checkpoint["config"])
     encoder.load_state_dict(checkpoint[which or checkpoint["config"]["which"]])
     return encoder.eval().requires_grad_(False).to(device)
-
-ROW = "epoch step loss lr weight_decay ema images_per_s feature_std effective_rank knn_top1".split()
 
 def noting_signals(batches, noted):
     """The batches; meanwhile SIGNALS do not end the program, but are added to the list `noted`."""
@@ -745,8 +751,8 @@ def continue_from(checkpoint, config, parts, images):
         print(f"{config.epochs} epochs instead of {saved['epochs']}: the schedules are new from "
               f"step {checkpoint['step']}")
         saved = saved | {"epochs": config.epochs}
-    other = [f"{name} {now[name]} (there {saved.get(name)})" for name in now
-             if name not in FREE and now[name] != saved.get(name)]
+    other = [f"{name} {now.get(name)} (there {saved.get(name)})" for name in now | saved
+             if name not in FREE and now.get(name) != saved.get(name)]
     if other:
         raise UserError(f"{config.resume} is a run with other settings: {', '.join(other)}")
     for name, part in parts.items():
@@ -755,7 +761,7 @@ def continue_from(checkpoint, config, parts, images):
 def train(config, objective=None):
     """Pretrain as `config` says, alone or under torchrun; returns the run's folder. Raises
     UserError. objective: another method with the calls and parts of `MIMJEPA`."""
-    from probe import benchmark, draw_views, monitor  # not at the top: probe.py imports this file
+    from probe import benchmark, draw_views, monitor, report, write_metrics
     begun, config = time.time(), resolve(config)
     if config.benchmark:
         return benchmark(config, objective)
@@ -776,9 +782,10 @@ def train(config, objective=None):
         raise UserError(f"--warmup-epochs {config.warmup_epochs}: must be less than --epochs")
 
     torch.manual_seed(config.seed)
-    objective = objective or MIMJEPA(encoder_of(asdict(config)), config.predictor_depth)
+    objective = objective or MIMJEPA(encoder_of(asdict(config)), config.predictor_depth,
+                                     config.hidden_targets)
     objective.to(device, memory_format=torch.channels_last)
-    optimizer = create_optimizer(objective, config.lr)
+    optimizer = create_optimizer(objective, config.lr, config.beta2)
     parts = dict(objective.named_children()) | {"optimizer": optimizer}
     out = config.out or f"runs/{Path(config.data).resolve().name}-{config.model.replace('/', '-')}"
     if os.path.isfile(out):
@@ -795,7 +802,6 @@ def train(config, objective=None):
         return folder
     model = objective if processes == 1 else nn.parallel.DistributedDataParallel(objective)
     model = torch.compile(model) if config.compile else model
-
     images.cache(range(len(images)), config.cache_gib)
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     write_file(folder / "config.json", json.dumps(asdict(config) | versions, indent=2) + "\n")
@@ -806,32 +812,28 @@ def train(config, objective=None):
         rows = [{"epoch": 0, "step": 0} | monitor("untrained", objective.student, images, config)]
 
     crops_of = Crops(images, config.img_size, config.crop_scale, MASKS[config.mask],
-                     config.mask_ratio, config.seed)
+                     config.mask_ratio, config.seed, config.flip_prob)
     batches = epoch_batches(indices, config.batch_size, start, total, config.seed, rank, processes)
-    loader, noted = make_loader(crops_of, config, batch_sampler=batches), []
+    loader, noted = make_loader(crops_of, config, objective, batch_sampler=batches), []
     started = saved = shown = clock = time.time()
     since, losses = start, torch.tensor(state["loss"], device=device)
-    for step, (crops, draws, mask) in enumerate(noting_signals(loader, noted), start):
-        lr = lr_schedule(step, total, warmup, config.lr_start, config.lr, config.lr_end,
-                         config.lr_flat)
-        decay = weight_decay_schedule(step, total, start=config.wd_start, end=config.wd_end)
-        momentum = ema_schedule(step, total, start=config.ema_start, end=config.ema_end)
+    for step, (crops, draws, *masks) in enumerate(noting_signals(loader, noted), start):
+        lr, decay, momentum = config.schedule(step, total, warmup)
         for group in optimizer.param_groups:
-            group.update(lr=lr, weight_decay=decay * group["decayed"])
-        crops, mask = (x.to(device, non_blocking=True) for x in (crops, mask))
+            group.update(lr=lr * group["lr_scale"], weight_decay=decay * group["decayed"])
+        crops, *masks = (x.to(device, non_blocking=True) for x in (crops, *masks))
         rng = np.random.default_rng([config.seed, step])
         view_a, view_b = make_views(crops, draws, config.views, config.color_prob, rng)
         if step == 0:
-            draw_views(folder / "preview.png", view_a[:8], view_b[:8], mask[:8])
+            draw_views(folder / "preview.png", view_a[:8], view_b[:8], masks[0][:8])
         torch.manual_seed(hash((config.seed, step, rank)))  # of dropout
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-            loss = model(view_a, view_b, mask)
+            loss = model(view_a, view_b, *masks)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         objective.update_teacher(momentum)
         losses += loss.detach()
-
         done, now = step % steps + 1, time.time()
         stop = noted[0] if noted else int(now - begun > 60 * config.max_minutes)
         if processes > 1:  # all stop after the same step
@@ -848,15 +850,13 @@ def train(config, objective=None):
                 "epoch": step // steps + 1, "step": step + 1, "loss": losses.item() / done,
                 "lr": lr, "weight_decay": decay, "ema": momentum,
                 "images_per_s": round((step + 1 - since) * config.batch_size / (now - clock), 1)}
-            text = "epoch {epoch} step {step} loss {loss:.4f} {images_per_s} images/s".format(**row)
-            left = (now - started) / (step + 1 - start) * (total - step - 1) / 60
-            status(f"{text}, {left:.1f} min left", final=done == steps)
+            left = (now - started) / (step + 1 - start) * (total - step - 1)
+            report(row, left, final=done == steps)
         if done == steps:
             if step + 1 == total or row["epoch"] % config.knn_every == 0:
                 row |= monitor(config.which, parts[config.which], images, config, rows[0])
             rows.append(row)
-            lines = [ROW, *([str(row.get(name, "")) for name in ROW] for row in rows)]
-            write_file(folder / "metrics.csv", "\n".join(map(",".join, lines)) + "\n")
+            write_metrics(folder / "metrics.csv", rows)
             since, clock, losses = step + 1, time.time(), torch.zeros_like(losses)
         if save:  # no generator's state: all draws are keyed by the seed and the step
             state = {"format": FORMAT, "config": asdict(config) | {"images": len(indices)},

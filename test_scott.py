@@ -518,7 +518,7 @@ def test_colour_probabilities():
 
 
 def test_crops_are_keyed_by_seed_epoch_and_image_and_leave_the_generator_alone():
-    images = scott.draw_flowers(count=4, size=48)
+    images = probe.draw_flowers(count=4, size=48)
     crops = scott.Crops(images, 32, seed=1)
     torch.manual_seed(5)
     first = crops[(3, 2)]
@@ -587,7 +587,7 @@ def test_decoding_shrinks_to_the_side_and_the_cache_changes_nothing(tmp_path):
 
 
 def test_the_demo_is_the_same_everywhere_and_has_eight_classes():
-    a, b = scott.draw_flowers(count=16, size=32), scott.draw_flowers(count=16, size=32)
+    a, b = probe.draw_flowers(count=16, size=32), probe.draw_flowers(count=16, size=32)
     assert all(torch.equal(a.load(i), b.load(i)) for i in range(16))
     assert len(a.classes) == 8 and set(a.labels) == set(range(8))
     train, test = probe.evaluation_split(a)
@@ -1443,7 +1443,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, fl
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchvision.datasets.flowers102.download_and_extract_archive", offline)
-    monkeypatch.setattr(scott, "draw_flowers", partial(scott.draw_flowers, count=64, size=32))
+    monkeypatch.setattr(probe, "draw_flowers", partial(probe.draw_flowers, count=64, size=32))
     (tmp_path / "empty").mkdir()
     (tmp_path / "taken").write_text("a file")
     try:

@@ -1,0 +1,86 @@
+"""Bootleg: predict what hidden layers of the teacher say, not its output alone.
+
+Lowe et al., 2026, arXiv 2603.15553; its section numbers are given. [ours]: not stated there.
+
+    python -m baselines.bootleg --data flowers102 --root data    # and any flag of scott.py
+
+How it differs from I-JEPA (`ijepa.py`):
+- The targets are the outputs of the blocks 1, 4, 8 and 12, each standardised, joined.
+- Squared error; a class token and four registers; a deeper predictor with more heads.
+- The masks: tall and wide blocks alternate, and what is too much is dropped from a corner.
+- The teacher's momentum is constant.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import baselines
+import scott
+from baselines.ijepa import IJEPA, block_size, place_blocks, uniform
+
+scott.MASKS["alternating-blocks"] = scott.MASKS["multi-block"]
+
+@dataclass
+class Config(baselines.Config):
+    """Defaults of ViT-S/16 (Tables 6 and 7); the learning rate grows with the batch."""
+    mask: str = scott.flag("alternating-blocks", "how patches are hidden", group="masks",
+                           choices=("alternating-blocks",))
+    mask_ratio: float = scott.flag(0.6, "not used: the blocks decide", 0.6, 0.6)
+    registers: int = scott.flag(5, "a class token, and registers", 1, 64)
+    predictor_depth: int = scott.flag(10, "blocks of the predictor", 1, 48)
+    hidden_targets: bool = scott.flag(True, "blocks 1, 4, 8, 12 as targets, not the last alone")
+    ema_start: float = scott.flag(0.9985, "teacher momentum of the first step", 0, 1)
+    ema_end: float = scott.flag(0.9985, "teacher momentum of the last step", 0, 1)
+
+    def paper(self):
+        lr = 3e-3 * self.batch_size / 2048
+        warmup = min(33 + 0.12 * self.epochs, 0.2 * self.epochs)
+        return dict(crop_scale=0.35, views="none", dropout=0.0, attention_dropout=0.0,
+                    drop_path=0.0, lr=lr, lr_start=lr / 30, lr_end=lr / 30, lr_flat=0.0,
+                    beta2=0.95, wd_start=0.05, wd_end=0.05, warmup_epochs=warmup)
+
+def alternating_blocks(count, grid, generator):
+    """Masks (App. C): four target blocks of 16 to 18.3 % of the image (36 of 196 patches [ours]),
+    of aspect 2/3 to 3/2, log-uniform [ours], every second one turned; a context of 85 to 100 %. The
+    surplus is dropped from one of the four corners inwards, by rows or by columns."""
+    height, width = grid
+    patches = math.prod(grid)
+    area = int(patches * uniform(0.16, 36 / 196, generator))
+    size = block_size(area, 1.5 ** uniform(-1, 1, generator), grid)
+    side, _ = block_size(int(patches * uniform(0.85, 1.0, generator)), 1.0, grid)
+
+    def from_corner(rows, columns):
+        down, right, by_rows = torch.randint(2, (3,), generator=generator).tolist()
+        rows = rows if down else height - 1 - rows
+        columns = columns if right else width - 1 - columns
+        return torch.argsort(rows * width + columns if by_rows else columns * height + rows)
+
+    return place_blocks(count, grid, [size, size[::-1]] * 2, side, from_corner, 1, generator)
+
+class Bootleg(IJEPA):
+    """Predict hidden layers of the teacher at target blocks (sec. 4). Of the encoder's registers,
+    the first is the class token, which the predictor gets; it has four registers of its own."""
+    draw_masks = staticmethod(alternating_blocks)
+
+    def __init__(self, encoder, config):
+        super().__init__(encoder, config, num_heads=max(16, encoder.num_heads), class_tokens=1,
+                         registers=4)
+
+    def departures(self):
+        """What is not as in the paper, and why: texts."""
+        depth, config = len(self.student.blocks), self.config
+        if depth != 12:
+            yield f"target blocks {self.layers} of {depth}, not 1, 4, 8, 12 of 12"
+        if config.recipe == "paper" and config.warmup_epochs == 0.2 * config.epochs:
+            yield f"warm-up of {config.warmup_epochs:g} epochs, a fifth of the run, not 33 and 12 %"
+
+    def loss(self, prediction, target):
+        """Mean squared error of (B, M, T, layers * D); predicting 0 costs 1."""
+        return F.mse_loss(prediction, target)
+
+if __name__ == "__main__":
+    sys.exit(scott.main(run=lambda config: baselines.run(config, Bootleg, "bootleg"), cls=Config))

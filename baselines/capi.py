@@ -1,0 +1,186 @@
+"""CAPI: Cluster and Predict Latent Patches for Improved Masked Image Modeling.
+
+Darcet et al., 2025, arXiv 2502.08769, whose section, equation and table numbers are given; [code]:
+not in the text but in the authors' released code.
+
+    python -m baselines.capi --data flowers102 --root data    # and any flag of scott.py
+
+How it differs from MIM-JEPA:
+- What is predicted is not a vector but a cluster: the teacher's tokens are assigned to prototypes,
+  softly, by an online clustering that has a loss of its own.
+- The student sees one block of patches and 16 registers, without mask tokens.
+- The predictor asks the student's tokens by cross-attention, each position on its own.
+- The teacher's momentum is 1 - learning rate.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import baselines
+import scott
+
+@dataclass
+class Config(baselines.Config):
+    """Defaults of Tables 6 and 8, but for the size of the clustering."""
+    mask: str = scott.flag("rolled-block", "how patches are hidden", group="masks",
+                           choices=("rolled-block",))
+    mask_ratio: float = scott.flag(0.65, "share of the patches hidden from the student", 0, 1)
+    registers: int = scott.flag(16, "learnable tokens beside the patches", 0, 64)
+    predictor_depth: int | None = scott.flag(None, "blocks of the predictor (default: half of the "
+                                             "encoder's, at least 2)", 1, 48)
+    prototypes: int | None = scott.flag(None, "clusters (default: 512, from batch 257 on 4 a batch "
+                                        "up to 16384)", 2, 10**6)
+    predictions: int = scott.flag(7, "hidden patches that are predicted, an image", 1, 10**6)
+    sinkhorn: str = scott.flag("positionwise", "how clusters are balanced: at each position of "
+                               "the image, or over all", choices=("positionwise", "global"))
+
+    def paper(self):
+        return dict(crop_scale=0.6, views="none", dropout=0.0, attention_dropout=0.0, drop_path=0.2,
+                    lr=1e-3, beta2=0.95, wd_start=0.1, wd_end=0.1,
+                    warmup_epochs=0.1 * self.epochs)
+
+    def settled(self):
+        size = 512 if self.batch_size <= 256 else min(16384, 4 * self.batch_size)
+        config = super().settled()
+        config.prototypes = self.prototypes or size
+        return config
+
+    def schedule(self, step, total, warmup):
+        """As in `scott.Config`, but the momentum is 1 - lr (sec. 4.1), and the paper's cosine would
+        end after a fifth more: its last fifth is cut off (Table 6)."""
+        lr, decay, _ = super().schedule(step, total, warmup)
+        if self.recipe == "paper":
+            end = 1 + warmup + 1.25 * (total - 1 - warmup)
+            lr = scott.lr_schedule(step, end, warmup, 0, self.lr, 0, flat=0)
+        return lr, decay, 1 - lr
+
+def rolled_block_mask(grid, ratio=0.65, generator=None):
+    """Hidden patches, (Gh, Gw) bool: all but one block, of aspect 1/2 to 2 [code], whose excess is
+    cut off at its lower right end (App. C), rolled around both axes (sec. 4.2)."""
+    height, width = grid
+    count = height * width - int(ratio * height * width)
+    aspect = 2 ** (2 * torch.rand((), generator=generator).item() - 1)
+    h = min(max(round(math.sqrt(count * aspect)), math.ceil(count / width)), height)
+    w = math.ceil(count / h)
+    mask = torch.ones(grid, dtype=torch.bool)
+    mask[:h, :w] = (torch.arange(h * w) >= count).view(h, w)
+    down, right = (int(torch.randint(n, (), generator=generator)) for n in grid)
+    return mask.roll((down, right), (0, 1))  # so it does not matter where the block was
+
+scott.MASKS["rolled-block"] = rolled_block_mask
+
+def sinkhorn(logits, positionwise=True, iterations=3):
+    """Assignments (B, N, P) that use all clusters alike, from logits (B, N, P) / temperature: by
+    turns, a cluster's shares sum to 1 over the batch, at each position or over all (Figure 11),
+    and a token's over the clusters. In float32, without a gradient, over all processes."""
+    def total(x, how, op):
+        x = how(x, (0,) if positionwise else (0, 1), keepdim=True)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(x, op)
+        return x
+
+    logits = logits.detach().float()
+    m = (logits - total(logits, torch.amax, torch.distributed.ReduceOp.MAX)).exp()
+    for _ in range(iterations):
+        m = m / total(m, torch.sum, torch.distributed.ReduceOp.SUM)
+        m = m / m.sum(-1, keepdim=True)
+    return m
+
+class CrossAttention(nn.Module):
+    """Queries (B, Q, D) gather a context (B, K, D), without bias -> (B, Q, D)."""
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.kv, self.proj = (nn.Linear(dim, n * dim, bias=False) for n in (1, 2, 1))
+
+    def forward(self, x, context):
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                   for y in (self.q(x), *self.kv(context).chunk(2, -1)))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+class CrossBlock(nn.Module):
+    """Cross-attention and feed-forward, pre-norm, no self-attention: (B, Q, D) -> (B, Q, D)."""
+    def __init__(self, dim, num_heads, layer=1):
+        super().__init__()
+        self.attention, self.ffn = CrossAttention(dim, num_heads), scott.SwiGLU(dim)
+        for name, weight in self.named_parameters():
+            nn.init.trunc_normal_(weight, std=0.02)
+            weight.data /= math.sqrt(2 * layer) if name.endswith("proj.weight") else 1
+
+    def forward(self, x, context):
+        x = x + self.attention(F.layer_norm(x, x.shape[-1:]), context)
+        return x + self.ffn(F.layer_norm(x, x.shape[-1:]))
+
+class Predictor(nn.Module):
+    """The student's tokens (B, K, D), of `wanted` (B, Q) positions -> logits of clusters (B, Q, P),
+    each position on its own (sec. 3.2)."""
+    def __init__(self, dim, depth, num_heads, prototypes):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.randn(dim) / 50)
+        self.blocks = nn.ModuleList(CrossBlock(dim, num_heads, i + 1) for i in range(depth))
+        self.head = nn.Linear(dim, prototypes, bias=False)
+        nn.init.normal_(self.head.weight)
+
+    def forward(self, context, wanted, grid):
+        positions = scott.sincos_positions(*grid, context.shape[-1], context.device)
+        x = self.mask_token + positions[wanted]
+        for block in self.blocks:
+            x = block(x, context)
+        return F.normalize(x, dim=-1) @ F.normalize(self.head.weight, dim=-1).T  # cosines [code]
+
+class CAPI(scott.MIMJEPA):
+    """Predict the cluster of the teacher's token where the student sees nothing (sec. 3).
+    encoder: `scott.ViT`; config: a settled `Config`."""
+    def __init__(self, encoder, config):
+        if config.hidden_targets:
+            raise scott.UserError("--hidden-targets: CAPI clusters the last block alone")
+        super().__init__(encoder)
+        self.student.mask_token.requires_grad_(False)  # not used: what is hidden is left out
+        self.config, dim, depth = config, encoder.embed_dim, len(encoder.blocks)
+        self.predictor = Predictor(dim, config.predictor_depth or max(2, depth // 2),
+                                   encoder.num_heads, config.prototypes)
+        self.prototypes = nn.Linear(dim, config.prototypes, bias=False)
+        nn.init.normal_(self.prototypes.weight)  # [code]
+        self.prototypes.weight.lr_scale = 0.5  # Table 6, as the next
+        for weight in self.student.tokenizer.parameters():
+            weight.lr_scale = 0.2 if config.recipe == "paper" else 1.0
+
+    def departures(self):
+        """What is not as in the paper, and why: texts."""
+        config, patches = self.config, (self.config.img_size // 16) ** 2
+        if config.prototypes != 16384:
+            yield f"{config.prototypes} clusters, for {config.batch_size} images a step, not 16384"
+        if config.recipe == "paper":
+            yield f"learning rate {config.lr:g} at any batch size, the paper has one, 16384"
+        if int(config.mask_ratio * patches) < config.predictions:
+            yield f"all {int(config.mask_ratio * patches)} hidden patches predicted, not 7"
+
+    def forward(self, view_a, view_b, mask):
+        """Views (B, 3, H, W), mask (B, N) bool with equally many hidden -> loss."""
+        hidden = int(self.config.mask_ratio * mask.shape[1])
+        visible = mask.int().argsort(dim=1, stable=True)[:, : mask.shape[1] - hidden]
+        wanted = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1)
+        wanted = wanted.topk(min(self.config.predictions, hidden), 1).indices
+        with torch.no_grad():
+            tokens = self.teacher(view_b).float()
+        context = self.student(view_a, mask, visible)
+        grid = view_a.shape[-2] // 16, view_a.shape[-1] // 16
+        prediction = self.predictor(context, wanted, grid).float()
+        with torch.autocast(mask.device.type, enabled=False):  # of clusters, in float32
+            logits = self.prototypes(F.normalize(tokens, dim=-1))  # (B, N, P) (Eq. 1)
+            targets = sinkhorn(logits / 0.06, self.config.sinkhorn == "positionwise")  # (Eq. 4)
+            clustering = cross_entropy(targets, logits / 0.12)  # trains the prototypes only
+            targets = targets.take_along_dim(wanted[..., None], 1)
+            return clustering + cross_entropy(targets, prediction / 0.12)
+
+def cross_entropy(targets, logits):
+    """Mean over all but the last dimension; targets: probabilities (Eq. 5)."""
+    return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+
+if __name__ == "__main__":
+    sys.exit(scott.main(run=lambda config: baselines.run(config, CAPI, "capi"), cls=Config))

@@ -1,0 +1,177 @@
+"""I-JEPA: Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture.
+
+Assran et al., CVPR 2023, arXiv 2301.08243, whose section numbers are given; [code]: not in the text
+but in the authors' released code.
+
+    python -m baselines.ijepa --data flowers102 --root data    # and any flag of scott.py
+
+How it differs from MIM-JEPA:
+- The student encodes the visible patches only, without mask tokens.
+- Four target blocks are predicted, each on its own, from one large context block without them;
+  patches in neither are used by neither.
+- The predictor is a narrow transformer; its mask tokens say where, by their position.
+- One view, without flips and colours.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import default_collate
+
+import baselines
+import scott
+
+@dataclass
+class Config(baselines.Config):
+    """Defaults of the ViT-S/16 of I-JEPA's recipe; its learning rate grows with the batch."""
+    mask: str = scott.flag("multi-block", "how patches are hidden", group="masks",
+                           choices=("multi-block",))
+    mask_ratio: float = scott.flag(0.6, "not used: the blocks decide", 0.6, 0.6)
+    predictor_depth: int = scott.flag(6, "blocks of the predictor", 1, 48)
+    loss: str = scott.flag("smooth-l1", "smooth-l1 [code], or l2 as in sec. 3",
+                           choices=("smooth-l1", "l2"))
+
+    def paper(self):
+        lr = 1e-3 * self.batch_size / 2048
+        return dict(crop_scale=0.3, views="none", flip_prob=0.0, dropout=0.0, drop_path=0.0,
+                    attention_dropout=0.0, lr=lr, lr_start=lr / 5, lr_end=lr / 1000, lr_flat=0.0)
+
+# ---- Masks (sec. 3, Figure 4) ------------------------------------------------------------------
+# All images of a batch have blocks of one size, so its masks are drawn together, in `collate`, from
+# the seed that `scott.Crops` draws for its first image: no number of processes changes them.
+scott.MASKS["multi-block"] = lambda grid, ratio: torch.randint(2**62, (1,))
+
+def uniform(low, high, generator):
+    """A number from [low, high)."""
+    return low + (high - low) * torch.rand((), generator=generator).item()
+
+def block_size(area, aspect, grid):
+    """(height, width) in patches of a block of that area and height / width, inside the grid."""
+    sizes = math.sqrt(area * aspect), math.sqrt(area / aspect)
+    return tuple(min(max(1, round(size)), *grid) for size in sizes)
+
+def place_blocks(count, grid, sizes, side, order, smallest, generator):
+    """The masks of `count` images: visible (B, K) and targets (B, M, T), indices of patches.
+    sizes: (height, width) of the M target blocks, of equal area T; side: of the square context;
+    all lie anywhere in the grid. Visible is the context without the targets, redrawn if it has
+    fewer than `smallest` patches. The image with the fewest gives K: the others keep the first K
+    of the order (indices) that order(rows, columns) puts them in."""
+    height, width = grid
+    patches = torch.arange(height * width).view(grid)
+
+    def place(h, w):
+        y = int(torch.randint(height - h + 1, (), generator=generator))
+        x = int(torch.randint(width - w + 1, (), generator=generator))
+        return patches[y : y + h, x : x + w].flatten()
+
+    visible, targets = [], []
+    while len(visible) < count:
+        blocks, context = torch.stack([place(h, w) for h, w in sizes]), place(side, side)
+        context = context[~torch.isin(context, blocks)]
+        if len(context) >= smallest:
+            visible.append(context[order(context // width, context % width)])
+            targets.append(blocks)
+    shortest = min(map(len, visible))
+    return torch.stack([v[:shortest].sort().values for v in visible]), torch.stack(targets)
+
+def smallest_context(patches):
+    """10 of 196 patches [code], in proportion of others."""
+    return max(1, round(10 * patches / 196))
+
+def multi_block(count, grid, generator):
+    """Four target blocks of 15 to 20 % of the image and aspect 0.75 to 1.5, a context of 85 to
+    100 %; the sizes are one draw a batch [code]. Not as the released code, whose sampler uses one
+    number for scale and aspect, never reaches the last row and column, and drops the surplus at
+    the bottom: here all draws are independent, on the whole grid, and the surplus is random."""
+    patches = math.prod(grid)
+    area = patches * uniform(0.15, 0.2, generator)
+    size = block_size(area, uniform(0.75, 1.5, generator), grid)
+    side, _ = block_size(patches * uniform(0.85, 1.0, generator), 1.0, grid)
+
+    def anyhow(rows, columns):
+        return torch.randperm(len(rows), generator=generator)
+
+    return place_blocks(count, grid, [size] * 4, side, anyhow, smallest_context(patches), generator)
+
+# ---- Method (sec. 3) ---------------------------------------------------------------------------
+def gather(tokens, targets):
+    """Of tokens (B, N, D), those at targets (B, M, T): (B, M, T, D)."""
+    rows = tokens.take_along_dim(targets.flatten(1)[..., None], 1)
+    return rows.unflatten(1, targets.shape[1:])
+
+class NarrowPredictor(nn.Module):
+    """What the visible tokens say of each target block, alone, in a transformer `width` wide.
+    forward(context (B, R + K, dim), visible (B, K), targets (B, M, T), grid) -> (B, M, T, out).
+    Of the R tokens without a place it gets the first `class_tokens`; registers: its own."""
+    def __init__(self, dim, out, width, depth, num_heads, class_tokens=0, registers=0, **options):
+        super().__init__()
+        self.width, self.class_tokens = width, class_tokens
+        self.embed, self.head = nn.Linear(dim, width), nn.Linear(width, out)
+        for layer in (self.embed, self.head):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.mask_token = nn.Parameter(torch.randn(width) / 50)
+        self.registers = nn.Parameter(torch.randn(registers, width) / 50) if registers else None
+        self.blocks = scott.make_blocks(depth, width, num_heads, **options)
+
+    def forward(self, context, visible, targets, grid):
+        positions = scott.sincos_positions(*grid, self.width, context.device)
+        parts = [self.embed(context[:, -visible.shape[1] :]) + positions[visible]]
+        if self.class_tokens:
+            parts = [self.embed(context[:, : self.class_tokens]), *parts]
+        if self.registers is not None:
+            parts = [self.registers.expand(len(context), -1, -1), *parts]
+        seen = torch.cat(parts, 1).repeat_interleave(targets.shape[1], 0)
+        wanted = (self.mask_token + positions[targets]).flatten(0, 1)
+        x = self.blocks(torch.cat([seen, wanted], 1))[:, -targets.shape[2] :]  # (B M, T, width)
+        return self.head(F.layer_norm(x, (self.width,))).unflatten(0, targets.shape[:2])
+
+class IJEPA(scott.MIMJEPA):
+    """Predict blocks of the teacher's output from the patches that the student sees.
+    encoder: `scott.ViT`; config: a settled `Config`; predictor: further options of its own."""
+    draw_masks = staticmethod(multi_block)
+
+    def __init__(self, encoder, config, **predictor):
+        super().__init__(encoder, hidden_targets=config.hidden_targets)
+        self.student.mask_token.requires_grad_(False)  # not used: what is hidden is left out
+        self.config, dim = config, encoder.embed_dim
+        options = {"num_heads": encoder.num_heads} | encoder.block_options | predictor
+        self.predictor = NarrowPredictor(dim, dim * len(self.layers), dim // 2,
+                                         config.predictor_depth, **options)
+
+    def departures(self):
+        """What is not as in the paper, and why: texts."""
+        patches = (self.config.img_size // 16) ** 2
+        if patches != 196:
+            yield f"a context of at least {smallest_context(patches)} of {patches} patches, not 10"
+
+    def collate(self, items):
+        """Items of `scott.Crops` -> crops, draws, hidden (B, N) bool, visible, targets."""
+        crops, draws, seeds = default_collate(items)
+        grid = crops.shape[-2] // 16, crops.shape[-1] // 16
+        generator = torch.Generator().manual_seed(seeds[0].item())
+        visible, targets = self.draw_masks(len(crops), grid, generator)
+        hidden = torch.ones(len(crops), math.prod(grid), dtype=torch.bool)
+        return crops, draws, hidden.scatter(1, visible, False), visible, targets
+
+    def loss(self, prediction, target):
+        """(B, M, T, D) each; l2: the sum over a block, the mean over blocks (sec. 3, Loss)."""
+        if self.config.loss == "l2":
+            return (prediction - target).square().sum((-1, -2)).mean()
+        return F.smooth_l1_loss(prediction, target)
+
+    def forward(self, view_a, view_b, hidden, visible, targets):
+        """Views (B, 3, H, W), and the masks of `collate` -> loss."""
+        with torch.no_grad():  # the targets are cut from the output: the teacher sees all
+            target = gather(self.teacher(view_b, layers=self.layers), targets)
+        context = self.student(view_a, hidden, visible)
+        grid = view_a.shape[-2] // 16, view_a.shape[-1] // 16
+        prediction = self.predictor(context, visible, targets, grid)
+        return self.loss(prediction.float(), target.float())
+
+if __name__ == "__main__":
+    sys.exit(scott.main(run=lambda config: baselines.run(config, IJEPA, "ijepa"), cls=Config))

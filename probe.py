@@ -585,8 +585,9 @@ def benchmark(config, objective=None):
     objective.to(device, memory_format=torch.channels_last)
     optimizer = scott.create_optimizer(objective, config.lr, config.beta2)
     compiled = torch.compile(objective) if config.compile else objective
-    crops_of = scott.Crops(images, config.img_size, config.crop_scale, scott.MASKS[config.mask],
-                           config.mask_ratio, config.seed, config.flip_prob)
+    mask = getattr(objective, "draw_mask", scott.MASKS.get(config.mask))
+    crops_of = scott.Crops(images, config.img_size, config.crop_scale, mask, config.mask_ratio,
+                           config.seed, config.flip_prob)
     keys = scott.epoch_batches(indices, batch, 0, 10**9, config.seed)
     loader = scott.make_loader(crops_of, config, objective, batch_sampler=keys)
     batches, collate = iter(loader), loader.collate_fn

@@ -45,8 +45,6 @@ from torchvision.transforms.v2 import functional as TF
 class UserError(ValueError):
     """A mistake in arguments or data; `main` prints it as one line and exits with code 2."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 def unknown(name, known):
     """What to tell of an unknown name."""
     closest = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
@@ -317,8 +315,7 @@ def epoch_batches(indices, batch_size, start, total, seed, rank=0, processes=1):
         yield [(epoch, i) for i in batch[rank::processes]]
 
 def make_loader(crops, config, objective=None, **batching):
-    """A DataLoader whose processes are forked on Linux, so that they share the decoded images. An
-    objective with a `collate` makes batches itself: crops, draws, what is hidden, other masks."""
+    """A DataLoader whose processes are forked on Linux, so that they share the decoded images."""
     def detach(_):  # what ends the group is for the main process, which finishes its step
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -689,6 +686,7 @@ def create_optimizer(module, lr, beta2=0.999):
 
 # ---- Training: files, and the run --------------------------------------------------------------
 FORMAT = 2  # of last.pt; to be raised when its keys change
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FREE = ("out root device workers cache_gib compile which knn_every save_minutes max_minutes "
         "resume benchmark").split()  # settings that do not change the weights
 
@@ -760,7 +758,8 @@ def continue_from(checkpoint, config, parts, images):
 
 def train(config, objective=None):
     """Pretrain as `config` says, alone or under torchrun; returns the run's folder. Raises
-    UserError. objective: another method with the calls and parts of `MIMJEPA`."""
+    UserError. objective: another method with the calls and parts of `MIMJEPA`; it may draw the
+    masks itself, in draw_mask(grid, ratio) of an image and collate(items of `Crops`) of a batch."""
     from probe import benchmark, draw_views, monitor, report, write_metrics
     begun, config = time.time(), resolve(config)
     if config.benchmark:
@@ -811,8 +810,9 @@ def train(config, objective=None):
     if not rows:
         rows = [{"epoch": 0, "step": 0} | monitor("untrained", objective.student, images, config)]
 
-    crops_of = Crops(images, config.img_size, config.crop_scale, MASKS[config.mask],
-                     config.mask_ratio, config.seed, config.flip_prob)
+    mask = getattr(objective, "draw_mask", MASKS.get(config.mask))
+    crops_of = Crops(images, config.img_size, config.crop_scale, mask, config.mask_ratio,
+                     config.seed, config.flip_prob)
     batches = epoch_batches(indices, config.batch_size, start, total, config.seed, rank, processes)
     loader, noted = make_loader(crops_of, config, objective, batch_sampler=batches), []
     started = saved = shown = clock = time.time()

@@ -26,6 +26,7 @@ from PIL import Image
 
 import probe
 import scott
+from baselines import bootleg, capi, ijepa
 
 SCOTT = str(Path(scott.__file__).resolve())
 TINY = ["--epochs", "1", "--batch-size", "8", "--img-size", "32", "--workers", "0", "--amp", "fp32"]
@@ -1385,6 +1386,399 @@ def test_the_end_of_one_process_ends_the_run(tmp_path, monkeypatch, capfd, numbe
     step = scott.load_checkpoint("two/last.pt")["step"]
     said = f"stopped after step {step} of 5000; to go on: --resume two/last.pt"
     assert step > 0 and (said in capfd.readouterr().out) == (number == signal.SIGTERM)
+
+
+# ---- baselines/: I-JEPA, CAPI and Bootleg -------------------------------------------------------
+
+METHODS = {
+    "ijepa": (ijepa, ijepa.IJEPA),
+    "capi": (capi, capi.CAPI),
+    "bootleg": (bootleg, bootleg.Bootleg),
+}
+
+
+def make_baseline(name, model="vit-tiny/16", size=96, count=4, **options):
+    """(method, its arguments): two views, then the masks."""
+    module, objective = METHODS[name]
+    config = module.Config(data="x", model=model, img_size=size, batch_size=count, **options)
+    config = scott.resolve(config.settled())
+    encoder = scott.create_encoder(model, depth=3, embed_dim=96, registers=config.registers)
+    method = objective(encoder, config)
+    draw = partial(method.draw_mask, (size // 16, size // 16), config.mask_ratio)
+    items = [(torch.rand(3, size, size), torch.rand(2, 10), draw().flatten()) for _ in range(count)]
+    collate = getattr(method, "collate", torch.utils.data.default_collate)
+    views, _, *masks = collate(items)
+    return method, [views, torch.rand_like(views), *masks]
+
+
+def rectangle(patches, width):
+    """(height, width) of the block that the sorted indices are; None if they are no block."""
+    rows, columns = patches // width, patches % width
+    h, w = (int(x.max() - x.min()) + 1 for x in (rows, columns))
+    return (h, w) if h * w == len(set(patches.tolist())) else None
+
+
+def randomise(views, hidden):
+    """The views with other pixels where `hidden` (B, N)."""
+    side = views.shape[-1] // 16
+    return torch.where(scott.enlarge(hidden.view(-1, 1, side, side), views), torch.rand(()), views)
+
+
+def multi_block_batches(draw, count, batch=8):
+    generator = torch.Generator().manual_seed(0)
+    return [draw(batch, (14, 14), generator) for _ in range(count)]
+
+
+def test_ijepa_masks_are_four_equal_blocks_and_a_square_without_them(monkeypatch):
+    sides, place = [], ijepa.place_blocks
+
+    def noting(count, grid, sizes, side, *rest):
+        sides.append(side)
+        return place(count, grid, sizes, side, *rest)
+
+    monkeypatch.setattr(ijepa, "place_blocks", noting)
+    seen, wanted = torch.zeros(196), torch.zeros(196)
+    for side, (visible, targets) in zip(sides, multi_block_batches(ijepa.multi_block, 60)):
+        assert targets.shape[:2] == (8, 4) and 25 <= targets.shape[2] <= 42
+        assert len({rectangle(block, 14) for block in targets.flatten(0, 1)} - {None}) == 1
+        for context, blocks in zip(visible, targets):
+            assert len(context) == len(set(context.tolist())) >= 10
+            assert not set(context.tolist()) & set(blocks.flatten().tolist())
+            rows, columns = context // 14, context % 14
+            assert max(rows.max() - rows.min(), columns.max() - columns.min()) < side
+        seen += visible.flatten().bincount(minlength=196)
+        wanted += targets.flatten().bincount(minlength=196)
+    assert set(sides) == {13, 14}
+    assert seen.min() > 0 and wanted.min() > 0
+
+
+def test_ijepa_scale_and_aspect_of_a_block_are_independent():
+    sizes = [rectangle(t[0, 0], 14) for _, t in multi_block_batches(ijepa.multi_block, 400, 1)]
+    h, w = np.array(sizes, dtype=float).T
+    assert abs(np.corrcoef(h * w, np.log(h / w))[0, 1]) < 0.15
+
+
+def test_all_images_of_a_batch_see_as_much_as_the_one_that_sees_least():
+    for draw in (ijepa.multi_block, bootleg.alternating_blocks):
+        one, two = (draw(n, (14, 14), torch.Generator().manual_seed(5)) for n in (1, 2))
+        assert torch.equal(one[1][0], two[1][0])  # the same draws
+        assert set(two[0][0].tolist()) <= set(one[0][0].tolist())
+        assert two[0].shape[1] <= one[0].shape[1]
+
+
+def test_bootleg_masks_alternate_and_are_symmetric():
+    areas, seen = set(), torch.zeros(14, 14)
+    for visible, targets in multi_block_batches(bootleg.alternating_blocks, 150):
+        areas.add(targets.shape[2])
+        for blocks in targets:
+            sizes = [rectangle(block, 14) for block in blocks]
+            assert sizes[0] == sizes[2] == sizes[1][::-1] == sizes[3][::-1]
+        assert not set(visible[0].tolist()) & set(targets[0].flatten().tolist())
+        seen += visible.flatten().bincount(minlength=196).view(14, 14)
+    assert areas == {30, 35, 36}
+    seen /= 150 * 8
+    assert 0.30 < seen.mean() < 0.42  # 0.37 for batches of 8
+    for other in (seen.flip(0), seen.flip(1), seen.T):
+        assert (seen - other).abs().max() < 0.08
+
+
+def test_bootleg_alone_in_its_batch_sees_the_whole_context(monkeypatch):
+    monkeypatch.setattr(bootleg, "place_blocks", lambda *args: args)
+    count, grid, sizes, side, order, *_ = bootleg.alternating_blocks(
+        1, (14, 14), torch.Generator().manual_seed(1)
+    )
+    rows, columns = torch.arange(196) // 14, torch.arange(196) % 14
+    assert sorted(order(rows, columns).tolist()) == list(range(196))
+    first = order(rows, columns)[0].item()
+    assert first in (0, 13, 182, 195)  # what goes last lies in the corner across
+
+
+@pytest.mark.parametrize("grid, hidden", [((14, 14), 127), ((16, 16), 166), ((6, 6), 23)])
+def test_capi_hides_all_but_a_rolled_block(grid, hidden):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        mask = capi.rolled_block_mask(grid, 0.65, generator)
+        assert mask.sum() == hidden
+        for y, x in np.ndindex(grid):  # some roll back makes a block without its tail
+            back = ~mask.roll((-y, -x), (0, 1))
+            h, w = back.any(1).sum(), back.any(0).sum()
+            if back[:h, :w].flatten().int().diff().max() <= 0 and back[:h, :w].sum() == back.sum():
+                break
+        else:
+            raise AssertionError(mask)
+
+
+def test_capi_hides_every_position_alike():
+    generator = torch.Generator().manual_seed(0)
+    masks = [capi.rolled_block_mask((14, 14), 0.65, generator) for _ in range(8000)]
+    share = torch.stack(masks).float().mean(0)
+    assert 0.62 < share.min() and share.max() < 0.68
+
+
+@pytest.mark.parametrize("model", ["vit-tiny/16", "scott-tiny/16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_baselines_student_does_not_see_hidden_pixels_and_its_teacher_does(name, model):
+    method, (view_a, view_b, hidden, *masks) = make_baseline(name, model)
+    wanted = {"ijepa": 0.2, "bootleg": 0.2, "capi": 0.35}[name]
+    assert (~hidden).float().mean() > wanted - 0.15
+
+    def loss(a, b):
+        torch.manual_seed(0)  # of CAPI's choice of positions
+        return method(a, b, hidden, *masks).item()
+
+    changed = randomise(view_a, hidden)
+    assert not torch.equal(changed, view_a)
+    assert loss(changed, view_b) == loss(view_a, view_b)
+    assert loss(view_a, randomise(view_b, hidden)) != loss(view_a, view_b)
+    assert loss(view_a, randomise(view_b, ~hidden)) != loss(view_a, view_b)
+
+
+def test_capi_does_not_leak_around_the_border_of_a_rolled_block():
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[:3, :4] = False
+    mask = mask.roll((-1, -2), (0, 1)).flatten()[None]  # four pieces, one in each corner
+    visible = (~mask).nonzero()[:, 1][None]
+    encoder, image = scott.create_encoder("scott-tiny/16", depth=1), torch.rand(1, 3, 96, 96)
+    tokens = encoder(image, mask, visible)
+    assert tokens.shape == (1, 12, 192)
+    assert torch.equal(tokens, encoder(randomise(image, mask), mask, visible))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_baselines_teacher_has_no_gradient_and_everything_else_has(name):
+    method, batch = make_baseline(name)
+    method.train()
+    assert not method.teacher.training
+    method(*batch).backward()
+    assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
+    trained = {n: p for n, p in method.named_parameters() if not n.startswith("teacher.")}
+    without = {n for n, p in trained.items() if p.grad is None or not p.grad.abs().max() > 0}
+    assert without == {"student.mask_token"}
+    before = method.teacher.registers.clone() if name != "ijepa" else None
+    method.update_teacher(1.0)
+    assert all(map(torch.equal, method.student.parameters(), method.teacher.parameters()))
+    method.student.blocks[0].ffn.proj.weight.data += 1
+    method.update_teacher(0.75)
+    difference = (method.student.blocks[0].ffn.proj.weight
+                  - method.teacher.blocks[0].ffn.proj.weight)
+    assert torch.allclose(difference, torch.tensor(0.75), atol=1e-6)
+    assert before is None or torch.equal(method.teacher.registers, before)
+
+
+@pytest.mark.parametrize("name", ["ijepa", "bootleg"])
+def test_target_blocks_are_predicted_each_on_its_own(name):
+    method, (view, _, hidden, visible, targets) = make_baseline(name)
+    layers = {"ijepa": 1, "bootleg": 3}[name]
+    context = method.student(view, hidden, visible)
+    assert context.shape == (4, visible.shape[1] + {"ijepa": 0, "bootleg": 5}[name], 96)
+    whole = method.predictor(context, visible, targets, (6, 6))
+    assert whole.shape == (*targets.shape, 96 * layers)
+    first = method.predictor(context, visible, targets[:, :1], (6, 6))
+    assert torch.allclose(first, whole[:, :1], atol=1e-5)
+    others = torch.cat([targets[:, :1], targets[:, 1:].roll(1, 0)], 1)
+    assert torch.allclose(method.predictor(context, visible, others, (6, 6))[:, 0], whole[:, 0],
+                          atol=1e-5)
+    swapped = torch.arange(targets.shape[2])
+    swapped[:2] = torch.tensor([1, 0])
+    again = method.predictor(context, visible, targets[..., swapped], (6, 6))
+    assert torch.allclose(again, whole[..., swapped, :], atol=1e-5)
+    assert not torch.allclose(whole[..., 0, :], whole[..., 1, :], atol=1e-3)
+
+
+def test_bootlegs_predictor_gets_the_class_token_and_no_registers():
+    method, (view, _, hidden, visible, targets) = make_baseline("bootleg")
+    context = method.student(view, hidden, visible)
+    before = method.predictor(context, visible, targets, (6, 6))
+    registers, class_token = context.clone(), context.clone()
+    registers[:, 1:5] = 0
+    class_token[:, 0] = 0
+    assert torch.equal(method.predictor(registers, visible, targets, (6, 6)), before)
+    assert not torch.equal(method.predictor(class_token, visible, targets, (6, 6)), before)
+
+
+def test_ijepas_losses():
+    method, _ = make_baseline("ijepa", loss="l2")
+    prediction, target = torch.randn(2, 3, 4, 5, 96)
+    assert method.loss(target, target) == 0
+    blocks = [(prediction[b, m] - target[b, m]).norm(dim=-1).square().sum()
+              for b in range(3) for m in range(4)]
+    assert torch.allclose(method.loss(prediction, target), sum(blocks) / 12)
+    method, _ = make_baseline("ijepa")
+    assert method.loss(target, target) == 0
+    assert torch.equal(method.loss(prediction, target), F.smooth_l1_loss(prediction, target))
+
+
+def test_bootlegs_targets_are_hidden_layers_each_standardised():
+    assert scott.hidden_layers(12) == [1, 4, 8, 12]
+    assert scott.hidden_layers(3) == [1, 2, 3] and scott.hidden_layers(1) == [1]
+    method, (_, view, *_) = make_baseline("bootleg")
+    teacher, outputs = method.teacher, []
+    for block in teacher.blocks:
+        block.register_forward_hook(lambda m, a, out: outputs.append(out[:, 5:]))
+    target = teacher(view, layers=method.layers)
+    assert target.shape == (4, 36, 3 * 96)
+    for part, output in zip(target.chunk(3, -1), outputs):
+        assert part.mean(-1).abs().max() < 1e-5
+        assert part.var(-1, correction=0).sub(1).abs().max() < 1e-2
+        assert torch.allclose(part, F.layer_norm(3 * output + 2, (96,)), atol=1e-3)
+    assert method.loss(torch.zeros_like(target), target).item() == pytest.approx(1, abs=1e-2)
+    assert torch.equal(target[..., -96:], teacher(view))
+
+
+def test_mimjepa_can_predict_hidden_layers():
+    objective = scott.MIMJEPA(scott.create_encoder("vit-tiny/16"), 1, hidden_targets=True)
+    assert objective.layers == [1, 3, 4]
+    view, mask = torch.rand(2, 3, 64, 64), random_patch_mask().flatten(1)
+    with torch.no_grad():
+        target = objective.teacher(view, layers=[1, 3, 4])
+        context = objective.student(view, mask) + objective.student.grid_positions(view)
+        expected = F.smooth_l1_loss(objective.predictor(context)[mask], target[mask])
+    assert torch.allclose(objective(view, view, mask), expected, atol=1e-6)
+
+
+def test_sinkhorn_assigns_every_token_and_uses_all_clusters():
+    logits = torch.randn(64, 4, 16, requires_grad=True)
+    for positionwise in (True, False):
+        assert not capi.sinkhorn(logits, positionwise).requires_grad
+        for iterations in (1, 3, 50):
+            shares = capi.sinkhorn(logits, positionwise, iterations)
+            assert torch.allclose(shares.sum(-1), torch.ones(64, 4), atol=1e-6)
+        used = shares.sum(0) if positionwise else shares.sum((0, 1)) / 4
+        assert (used / 4 - 1).abs().max() < 0.05
+        shape = (1, 4, 16) if positionwise else (1, 1, 16)
+        moved = capi.sinkhorn(logits + 10 * torch.randn(shape), positionwise)
+        assert torch.allclose(moved, capi.sinkhorn(logits, positionwise), atol=1e-4)
+
+
+def test_positionwise_clusters_say_nothing_of_the_position():
+    features = torch.randn(9, 1, 16) + 0.05 * torch.randn(9, 64, 16)  # of a position, mostly
+    logits = F.normalize(features.transpose(0, 1), dim=-1) @ torch.randn(16, 16) / 0.06
+
+    def information(shares):  # between position and cluster, nats
+        joint = shares.mean(0) / 9
+        return torch.special.entr(joint.sum(0)).sum() + math.log(9) - torch.special.entr(joint).sum()
+
+    assert information(capi.sinkhorn(logits)) < 0.01
+    assert information(capi.sinkhorn(logits, positionwise=False)) > 1
+
+
+def test_capis_two_losses_train_apart(monkeypatch):
+    method, batch = make_baseline("capi")
+
+    def gradients():
+        method.zero_grad()
+        torch.manual_seed(0)
+        method(*batch).backward()
+        return method.prototypes.weight.grad.clone(), method.predictor.head.weight.grad.clone()
+
+    prototypes, head = gradients()
+    losses = []
+    monkeypatch.setattr(capi, "cross_entropy", lambda t, x: losses.append((t, x)) or x.sum() * 0)
+    method(*batch)
+    monkeypatch.undo()
+    (targets, logits), (picked, predicted) = losses
+    assert not targets.requires_grad and predicted.shape == (4, 7, 512)
+    weight = method.prototypes.weight
+    clustering = -(targets * logits.log_softmax(-1)).sum(-1).mean()
+    assert torch.allclose(torch.autograd.grad(clustering, weight)[0], prototypes, atol=1e-6)
+    method.predictor.head.weight.data = torch.randn_like(method.predictor.head.weight)
+    other_prototypes, other_head = gradients()
+    assert torch.equal(other_prototypes, prototypes) and not torch.equal(other_head, head)
+
+
+def test_capi_predicts_hidden_positions_each_on_its_own():
+    method, (view, _, mask) = make_baseline("capi")
+    asked = []
+    method.predictor.register_forward_hook(lambda m, args, out: asked.append((args, out)))
+    method(view, view, mask)
+    (context, wanted, grid), whole = asked[0]
+    assert context.shape == (4, 16 + 13, 96) and wanted.shape == (4, 7)
+    assert mask.gather(1, wanted).all() and all(len(set(row.tolist())) == 7 for row in wanted)
+    alone = method.predictor(context, wanted[:, 3:4], grid)
+    assert torch.allclose(alone, whole[:, 3:4], atol=1e-5)
+
+
+def test_capis_schedule_and_groups():
+    config = capi.Config(epochs=100).settled()
+    total, warmup = 1000, 100
+    values = [config.schedule(step, total, warmup) for step in range(total)]
+    assert values[0] == (0, 0.1, 1) and values[warmup][0] == config.lr
+    assert values[-1][0] / config.lr == pytest.approx(0.0955, abs=1e-4)
+    assert all(momentum == 1 - lr for lr, _, momentum in values)
+    method, _ = make_baseline("capi")
+    optimizer = scott.create_optimizer(method, 1e-3)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert scales[id(method.prototypes.weight)] == 0.5
+    assert {scales[id(p)] for p in method.student.tokenizer.parameters()} == {0.2}
+    assert scales[id(method.predictor.head.weight)] == 1
+
+
+def test_recipes_and_flags_of_a_baseline():
+    parse = partial(scott.parse_config, cls=bootleg.Config)
+    flags = ["--data", "flowers102"]
+    paper = parse(flags).settled()
+    assert (paper.crop_scale, paper.views, paper.lr) == (0.35, "none", 3e-3 * 128 / 2048)
+    controlled = parse([*flags, "--recipe", "controlled"]).settled()
+    plain = scott.Config(data="flowers102")
+    for name in ("crop_scale", "views", "flip_prob", "dropout", "lr", "lr_flat", "beta2", "wd_end"):
+        assert getattr(controlled, name) == getattr(plain, name)
+    for config in (paper, controlled):
+        assert (config.ema_start, config.ema_end) == (0.9985, 0.9985)
+        assert (config.model, config.predictor_depth) == ("vit-12/16", 10)
+    assert parse([*flags, "--lr", "0.01", "--views", "same"]).settled().lr == 0.01
+
+
+BASELINE = [*TINY, "--epochs", "3", "--data", "loose", "--save-minutes", "0"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_baseline_trains_stops_resumes_and_is_probed(name, tmp_path, monkeypatch, capsys):
+    module, objective = METHODS[name]
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose" / "a", 17)
+    save_images(tmp_path / "loose" / "b", 8)
+    monkeypatch.setitem(scott.SIZES, "tiny", (48, 2, 2))
+    flags = [*BASELINE, "--model", "scott-tiny/16", "--predictor-depth", "2", "--dropout", "0.1"]
+    flags[flags.index("32")] = "64"
+    if name == "bootleg":  # 16 heads
+        monkeypatch.setitem(scott.SIZES, "tiny", (96, 2, 2))
+    assert module.main(flags) == 0
+    whole = Path(f"runs/loose-{name}-scott-tiny-16")
+    assert "other than in its paper" in capsys.readouterr().out
+    update, calls = scott.MIMJEPA.update_teacher, []
+
+    def update_and_signal(self, momentum):
+        update(self, momentum)
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(scott.MIMJEPA, "update_teacher", update_and_signal)
+    with pytest.raises(SystemExit):
+        module.main([*flags, "--out", "cut"])
+    monkeypatch.setattr(scott.MIMJEPA, "update_teacher", update)
+    assert scott.load_checkpoint("cut/last.pt")["step"] == 4
+    assert scott.main(["--resume", "cut/last.pt"]) == 2  # another method
+    printed = capsys.readouterr().err
+    assert "other settings" in printed and printed.count("\n") == 1
+    assert module.main(["--resume", "cut/last.pt"]) == 0
+    assert_equal(final_state(Path("cut")), final_state(whole))
+    assert probe.main(["--ckpt", str(whole / "last.pt"), "--mode", "knn", "--workers", "0"]) == 0
+    assert json.loads((whole / "probe.json").read_text())[0]["mode"] == "knn"
+
+
+def test_mistakes_with_a_baseline_are_one_line(capsys):
+    for main, flags, says in (
+        (ijepa.main, ["--mask-ratio", "0.4"], "--mask-ratio 0.4"),
+        (capi.main, ["--hidden-targets"], "--hidden-targets"),
+        (bootleg.main, ["--model", "vit-13/16"], "vit-12/16"),
+    ):
+        assert main(flags) == 2
+        printed = capsys.readouterr().err
+        assert says in printed and printed.count("\n") == 1
+    with pytest.raises(SystemExit) as stopped:
+        ijepa.main(["--mask", "random"])
+    assert stopped.value.code == 2
 
 
 # ---- The command line --------------------------------------------------------------------------

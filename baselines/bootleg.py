@@ -22,8 +22,6 @@ import baselines
 import scott
 from baselines.ijepa import IJEPA, block_size, place_blocks, uniform
 
-scott.MASKS["alternating-blocks"] = scott.MASKS["multi-block"]
-
 @dataclass
 class Config(baselines.Config):
     """Defaults of ViT-S/16 (Tables 6 and 7); the learning rate grows with the batch."""
@@ -82,5 +80,9 @@ class Bootleg(IJEPA):
         """Mean squared error of (B, M, T, layers * D); predicting 0 costs 1."""
         return F.mse_loss(prediction, target)
 
+def main(argv=None):
+    """The command line; returns the exit code."""
+    return scott.main(argv, lambda config: baselines.run(config, Bootleg, "bootleg"), Config)
+
 if __name__ == "__main__":
-    sys.exit(scott.main(run=lambda config: baselines.run(config, Bootleg, "bootleg"), cls=Config))
+    sys.exit(main())

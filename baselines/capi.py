@@ -72,8 +72,6 @@ def rolled_block_mask(grid, ratio=0.65, generator=None):
     down, right = (int(torch.randint(n, (), generator=generator)) for n in grid)
     return mask.roll((down, right), (0, 1))  # so it does not matter where the block was
 
-scott.MASKS["rolled-block"] = rolled_block_mask
-
 def sinkhorn(logits, positionwise=True, iterations=3):
     """Assignments (B, N, P) that use all clusters alike, from logits (B, N, P) / temperature: by
     turns, a cluster's shares sum to 1 over the batch, at each position or over all (Figure 11),
@@ -136,6 +134,8 @@ class Predictor(nn.Module):
 class CAPI(scott.MIMJEPA):
     """Predict the cluster of the teacher's token where the student sees nothing (sec. 3).
     encoder: `scott.ViT`; config: a settled `Config`."""
+    draw_mask = staticmethod(rolled_block_mask)
+
     def __init__(self, encoder, config):
         if config.hidden_targets:
             raise scott.UserError("--hidden-targets: CAPI clusters the last block alone")
@@ -182,5 +182,9 @@ def cross_entropy(targets, logits):
     """Mean over all but the last dimension; targets: probabilities (Eq. 5)."""
     return -(targets * logits.log_softmax(-1)).sum(-1).mean()
 
+def main(argv=None):
+    """The command line; returns the exit code."""
+    return scott.main(argv, lambda config: baselines.run(config, CAPI, "capi"), Config)
+
 if __name__ == "__main__":
-    sys.exit(scott.main(run=lambda config: baselines.run(config, CAPI, "capi"), cls=Config))
+    sys.exit(main())

@@ -41,10 +41,6 @@ class Config(baselines.Config):
                     attention_dropout=0.0, lr=lr, lr_start=lr / 5, lr_end=lr / 1000, lr_flat=0.0)
 
 # ---- Masks (sec. 3, Figure 4) ------------------------------------------------------------------
-# All images of a batch have blocks of one size, so its masks are drawn together, in `collate`, from
-# the seed that `scott.Crops` draws for its first image: no number of processes changes them.
-scott.MASKS["multi-block"] = lambda grid, ratio: torch.randint(2**62, (1,))
-
 def uniform(low, high, generator):
     """A number from [low, high)."""
     return low + (high - low) * torch.rand((), generator=generator).item()
@@ -135,6 +131,12 @@ class IJEPA(scott.MIMJEPA):
     encoder: `scott.ViT`; config: a settled `Config`; predictor: further options of its own."""
     draw_masks = staticmethod(multi_block)
 
+    @staticmethod
+    def draw_mask(grid, ratio):
+        """The seed of an image. All of a batch have blocks of one size, so their masks are drawn
+        together, from the seed of the first: no number of loader processes changes them."""
+        return torch.randint(2**62, (1,))
+
     def __init__(self, encoder, config, **predictor):
         super().__init__(encoder, hidden_targets=config.hidden_targets)
         self.student.mask_token.requires_grad_(False)  # not used: what is hidden is left out
@@ -173,5 +175,9 @@ class IJEPA(scott.MIMJEPA):
         prediction = self.predictor(context, visible, targets, grid)
         return self.loss(prediction.float(), target.float())
 
+def main(argv=None):
+    """The command line; returns the exit code."""
+    return scott.main(argv, lambda config: baselines.run(config, IJEPA, "ijepa"), Config)
+
 if __name__ == "__main__":
-    sys.exit(scott.main(run=lambda config: baselines.run(config, IJEPA, "ijepa"), cls=Config))
+    sys.exit(main())

@@ -1482,7 +1482,7 @@ def test_bootleg_masks_alternate_and_are_symmetric():
         assert (seen - other).abs().max() < 0.08
 
 
-def test_bootleg_alone_in_its_batch_sees_the_whole_context(monkeypatch):
+def test_bootleg_drops_what_is_too_much_from_a_corner(monkeypatch):
     monkeypatch.setattr(bootleg, "place_blocks", lambda *args: args)
     count, grid, sizes, side, order, *_ = bootleg.alternating_blocks(
         1, (14, 14), torch.Generator().manual_seed(1)
@@ -1490,7 +1490,7 @@ def test_bootleg_alone_in_its_batch_sees_the_whole_context(monkeypatch):
     rows, columns = torch.arange(196) // 14, torch.arange(196) % 14
     assert sorted(order(rows, columns).tolist()) == list(range(196))
     first = order(rows, columns)[0].item()
-    assert first in (0, 13, 182, 195)  # what goes last lies in the corner across
+    assert first in (0, 13, 182, 195)  # what is dropped first lies in the corner across
 
 
 @pytest.mark.parametrize("grid, hidden", [((14, 14), 127), ((16, 16), 166), ((6, 6), 23)])

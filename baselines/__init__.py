@@ -1,8 +1,9 @@
 """I-JEPA, CAPI and Bootleg in the training loop of scott.py: what the three share.
 
 A method is a `Config`, whose `paper` says what its paper sets, and an objective, a subclass of
-`scott.MIMJEPA` with its own masks, predictor, targets and loss. In code a mask is boolean, True =
-hidden from the student; `visible` and `targets` are indices of patches.
+`scott.MIMJEPA` with its own masks, predictor, targets and loss, whose `departures` says what is
+other than in the paper. A mask is boolean, True = hidden from the student; `visible` and `targets`
+are indices of patches.
 """
 
 import os
@@ -42,7 +43,7 @@ class Config(scott.Config):
                              choices=("paper", "controlled"), group="the method")
 
     def paper(self):
-        """{flag: value} of the method's own recipe, and what of it departs from the paper."""
+        """{flag: value} of the method's own recipe."""
         raise NotImplementedError
 
     def settled(self):

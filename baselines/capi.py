@@ -36,13 +36,15 @@ class Config(baselines.Config):
     prototypes: int | None = scott.flag(None, "clusters (default: 512, from batch 257 on 4 a batch "
                                         "up to 16384)", 2, 10**6)
     predictions: int = scott.flag(7, "hidden patches that are predicted, an image", 1, 10**6)
+    ema_start: float = scott.flag(0.996, "not used: it is 1 - learning rate", 0.996, 0.996)
+    ema_end: float = scott.flag(1.0, "not used: it is 1 - learning rate", 1, 1)
     sinkhorn: str = scott.flag("positionwise", "how clusters are balanced: at each position of "
                                "the image, or over all", choices=("positionwise", "global"))
 
     def paper(self):
         return dict(crop_scale=0.6, views="none", dropout=0.0, attention_dropout=0.0, drop_path=0.2,
-                    lr=1e-3, beta2=0.95, wd_start=0.1, wd_end=0.1,
-                    warmup_epochs=0.1 * self.epochs)
+                    lr=1e-3, lr_start=0.0, lr_end=0.0, lr_flat=0.0, beta2=0.95, wd_start=0.1,
+                    wd_end=0.1, warmup_epochs=0.1 * self.epochs)
 
     def settled(self):
         size = 512 if self.batch_size <= 256 else min(16384, 4 * self.batch_size)
@@ -51,12 +53,13 @@ class Config(baselines.Config):
         return config
 
     def schedule(self, step, total, warmup):
-        """As in `scott.Config`, but the momentum is 1 - lr (sec. 4.1), and the paper's cosine would
-        end after a fifth more: its last fifth is cut off (Table 6)."""
+        """As in `scott.Config`, but the momentum is 1 - lr (sec. 4.1), and with the paper's recipe
+        the run ends before the last fifth of the cosine (Table 6)."""
         lr, decay, _ = super().schedule(step, total, warmup)
         if self.recipe == "paper":
-            end = 1 + warmup + 1.25 * (total - 1 - warmup)
-            lr = scott.lr_schedule(step, end, warmup, 0, self.lr, 0, flat=0)
+            whole = 1 + warmup + 1.25 * (total - 1 - warmup)
+            lr = scott.lr_schedule(step, whole, warmup, self.lr_start, self.lr, self.lr_end,
+                                   self.lr_flat)
         return lr, decay, 1 - lr
 
 def rolled_block_mask(grid, ratio=0.65, generator=None):

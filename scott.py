@@ -561,14 +561,14 @@ class ViT(nn.Module):
     """Vision Transformer over a tokenizer: no class token, fixed positions, one mask token (Eq. 1).
     forward(images (B, 3, H, W), mask (B, N) bool or None) -> (B, N, D) after the final LayerNorm,
     for any H and W divisible by 16, otherwise ValueError. Further `options` go to every `Block`.
-    With visible (B, K), indices: of these patches only, behind the R registers, (B, R + K, D).
-    With layers, from 1: of these blocks, each LayerNormed, joined to (B, N, D * len(layers))."""
+    visible (B, K), indices: only these patches are encoded -> (B, R + K, D), R registers first;
+    layers, from 1: the outputs of these blocks, LayerNormed and joined -> (B, N, len(layers) D)."""
     def __init__(self, tokenizer, embed_dim=384, depth=12, num_heads=6, registers=0, **options):
         super().__init__()
         if embed_dim % num_heads or embed_dim % 4:
             raise UserError(f"heads, {num_heads}, and 4 must divide the width, {embed_dim}")
         self.tokenizer, self.embed_dim, self.num_heads = tokenizer, embed_dim, num_heads
-        self.block_options, self.dropout = options, options.get("dropout", 0.0)
+        self.block_options, self.dropout, self.depth = options, options.get("dropout", 0.0), depth
         self.mask_token = nn.Parameter(torch.randn(embed_dim) * 1e-6)
         self.blocks = make_blocks(depth, embed_dim, num_heads, **options)
         self.registers = nn.Parameter(torch.randn(registers, embed_dim) / 50) if registers else None
@@ -592,7 +592,7 @@ class ViT(nn.Module):
         outputs, first = [], len(self.registers) if self.registers is not None else 0
         for layer, block in enumerate(self.blocks, 1):
             tokens = block(tokens)
-            if layer in (layers or [len(self.blocks)]):
+            if layer in (layers or [self.depth]):
                 outputs.append(F.layer_norm(tokens, (self.embed_dim,)))
         return torch.cat(outputs, -1)[:, first if visible is None else 0 :]
 
@@ -627,8 +627,8 @@ class MIMJEPA(nn.Module):
     hidden_targets: predict what four blocks of the teacher say (Bootleg, arXiv 2603.15553)."""
     def __init__(self, encoder, predictor_depth=3, hidden_targets=False):
         super().__init__()
-        depth, self.student = len(encoder.blocks), encoder
-        self.layers = hidden_layers(depth) if hidden_targets else [depth]
+        self.student = encoder
+        self.layers = hidden_layers(encoder.depth) if hidden_targets else [encoder.depth]
         self.teacher = copy.deepcopy(encoder).requires_grad_(False)
         width = encoder.embed_dim
         head = nn.Linear(width, width * len(self.layers))
@@ -820,7 +820,7 @@ def train(config, objective=None):
     for step, (crops, draws, *masks) in enumerate(noting_signals(loader, noted), start):
         lr, decay, momentum = config.schedule(step, total, warmup)
         for group in optimizer.param_groups:
-            group.update(lr=lr * group["lr_scale"], weight_decay=decay * group["decayed"])
+            group.update(lr=lr * group.get("lr_scale", 1), weight_decay=decay * group["decayed"])
         crops, *masks = (x.to(device, non_blocking=True) for x in (crops, *masks))
         rng = np.random.default_rng([config.seed, step])
         view_a, view_b = make_views(crops, draws, config.views, config.color_prob, rng)

@@ -735,6 +735,29 @@ def test_other_masks_and_models_train(tmp_path, monkeypatch, kind):
     assert 0 < float(rows[-1]["loss"]) < 2
 
 
+def test_hidden_targets_and_registers_train_and_load(tmp_path, monkeypatch):
+    flags = ["--hidden-targets", "--registers", "2", "--flip-prob", "0", "--beta2", "0.95"]
+    _, rows = train_here(tmp_path, monkeypatch, *flags)
+    assert 0 < float(rows[-1]["loss"]) < 2
+    encoder = scott.load_encoder("runs/loose-scott-tiny-16/last.pt")
+    assert encoder.registers.shape == (2, 192)
+    assert encoder(torch.rand(1, 3, 32, 48)).shape == (1, 6, 192)
+
+
+def test_a_checkpoint_from_before_a_flag_existed_loads_and_goes_on(tmp_path, monkeypatch):
+    train_here(tmp_path, monkeypatch)
+    path = "runs/loose-scott-tiny-16/last.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    for name in ("registers", "hidden_targets", "flip_prob", "beta2"):
+        del checkpoint["config"][name]
+    for group in checkpoint["optimizer"]["param_groups"]:
+        del group["lr_scale"]
+    torch.save(checkpoint, path)
+    assert scott.load_encoder(path).registers is None
+    assert scott.main(["--resume", path, "--epochs", "9"]) == 0
+    assert scott.load_checkpoint(path)["step"] == 9 * checkpoint["step"]
+
+
 def test_training_lowers_the_loss_on_a_fixed_batch():
     objective, *batch = make_method()
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], 1e-3)
@@ -1655,8 +1678,8 @@ def test_positionwise_clusters_say_nothing_of_the_position():
     logits = F.normalize(features.transpose(0, 1), dim=-1) @ torch.randn(16, 16) / 0.06
 
     def information(shares):  # between position and cluster, nats
-        joint = shares.mean(0) / 9
-        return torch.special.entr(joint.sum(0)).sum() + math.log(9) - torch.special.entr(joint).sum()
+        joint, entropy = shares.mean(0) / 9, torch.special.entr
+        return entropy(joint.sum(0)).sum() + math.log(9) - entropy(joint).sum()
 
     assert information(capi.sinkhorn(logits)) < 0.01
     assert information(capi.sinkhorn(logits, positionwise=False)) > 1

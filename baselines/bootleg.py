@@ -70,7 +70,7 @@ class Bootleg(IJEPA):
 
     def departures(self):
         """What is not as in the paper, and why: texts."""
-        depth, config = len(self.student.blocks), self.config
+        depth, config = self.student.depth, self.config
         if depth != 12:
             yield f"target blocks {self.layers} of {depth}, not 1, 4, 8, 12 of 12"
         if config.recipe == "paper" and config.warmup_epochs == 0.2 * config.epochs:

@@ -144,8 +144,8 @@ class CAPI(scott.MIMJEPA):
             raise scott.UserError("--hidden-targets: CAPI clusters the last block alone")
         super().__init__(encoder)
         self.student.mask_token.requires_grad_(False)  # not used: what is hidden is left out
-        self.config, dim, depth = config, encoder.embed_dim, len(encoder.blocks)
-        self.predictor = Predictor(dim, config.predictor_depth or max(2, depth // 2),
+        self.config, dim = config, encoder.embed_dim
+        self.predictor = Predictor(dim, config.predictor_depth or max(2, encoder.depth // 2),
                                    encoder.num_heads, config.prototypes)
         self.prototypes = nn.Linear(dim, config.prototypes, bias=False)
         nn.init.normal_(self.prototypes.weight)  # [code]

@@ -1786,6 +1786,10 @@ def test_a_baseline_trains_stops_resumes_and_is_probed(name, tmp_path, monkeypat
     assert "other settings" in printed and printed.count("\n") == 1
     assert module.main(["--resume", "cut/last.pt"]) == 0
     assert_equal(final_state(Path("cut")), final_state(whole))
+    groups = scott.load_checkpoint(whole / "last.pt")["optimizer"]["param_groups"]
+    rates = {(group["lr_scale"], round(group["lr"] / group["lr_scale"], 12)) for group in groups}
+    assert len({rate for _, rate in rates}) == 1  # each its share of one learning rate
+    assert len(rates) == {"ijepa": 1, "bootleg": 1, "capi": 3}[name]
     assert probe.main(["--ckpt", str(whole / "last.pt"), "--mode", "knn", "--workers", "0"]) == 0
     assert json.loads((whole / "probe.json").read_text())[0]["mode"] == "knn"
 

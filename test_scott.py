@@ -1671,6 +1671,8 @@ def test_sinkhorn_assigns_every_token_and_uses_all_clusters():
         shape = (1, 4, 16) if positionwise else (1, 1, 16)
         moved = capi.sinkhorn(logits + 10 * torch.randn(shape), positionwise)
         assert torch.allclose(moved, capi.sinkhorn(logits, positionwise), atol=1e-4)
+        far = torch.cat([logits, logits[:1] - 1000])
+        assert capi.sinkhorn(far, positionwise).isfinite().all()
 
 
 def test_positionwise_clusters_say_nothing_of_the_position():

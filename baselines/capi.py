@@ -89,7 +89,7 @@ def sinkhorn(logits, positionwise=True, iterations=3):
     m = (logits - total(logits, torch.amax, torch.distributed.ReduceOp.MAX)).exp()
     tiny = torch.finfo(m.dtype).tiny  # a token far from all clusters is assigned to none
     for _ in range(iterations):
-        m = m / total(m, torch.sum, torch.distributed.ReduceOp.SUM).clamp_min(tiny)
+        m = m / total(m, torch.sum, torch.distributed.ReduceOp.SUM)
         m = m / m.sum(-1, keepdim=True).clamp_min(tiny)
     return m
 

@@ -585,6 +585,7 @@ def benchmark(config, objective=None):
     objective.to(device, memory_format=torch.channels_last)
     optimizer = scott.create_optimizer(objective, config.lr, config.beta2)
     compiled = torch.compile(objective) if config.compile else objective
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     mask = getattr(objective, "draw_mask", scott.MASKS.get(config.mask))
     crops_of = scott.Crops(images, config.img_size, config.crop_scale, mask, config.mask_ratio,
                            config.seed, config.flip_prob)
@@ -597,10 +598,8 @@ def benchmark(config, objective=None):
         return *scott.make_views(crops, draws, config.views, config.color_prob, rng), *masks
 
     def step(view_a, view_b, *masks, model=compiled):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = model(view_a, view_b, *masks)
-        with record_function("backward"):
-            loss.backward()
+        with record_function("gradients"):
+            scott.backward(model, (view_a, view_b, *masks), config.grad_accum_steps, autocast)
         with record_function("optimiser and EMA"):
             optimizer.step()
             optimizer.zero_grad()
@@ -640,6 +639,8 @@ def benchmark(config, objective=None):
         part.forward = record_function(name)(part.forward)
     crops_of.mask = record_function("masks")(crops_of.mask)
     seconds = seconds_by_name(profiled, device)
+    forward = sum(seconds[name] for name in ("student", "teacher", "predictor"))
+    seconds["backward"] = seconds["gradients"] - forward
     names = ("data", "masks", "student", "teacher", "tokenizer", "predictor", "backward",
              "optimiser and EMA")
     print("milliseconds a step, in one process: " + ", ".join(

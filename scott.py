@@ -27,6 +27,7 @@ import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +84,7 @@ class Config:
     mask_ratio: float = flag(0.6, "share of the patches hidden from the student", 0, 1)
     epochs: int = flag(300, "passes over the data", 1, 10**6, group="optimisation")
     batch_size: int = flag(128, "images a step", 1, 10**6)
+    grad_accum_steps: int = flag(1, "parts of a step, one after the other: less memory", 1, 10**6)
     lr: float = flag(5e-4, "peak learning rate", 0, 1)
     lr_start: float = flag(1e-6, "learning rate of the first step", 0, 1)
     lr_end: float = flag(1e-5, "learning rate of the last step", 0, 1)
@@ -687,8 +689,8 @@ def create_optimizer(module, lr, beta2=0.999):
 # ---- Training: files, and the run --------------------------------------------------------------
 FORMAT = 2  # of last.pt; to be raised when its keys change
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-FREE = ("out root device workers cache_gib compile which knn_every save_minutes max_minutes "
-        "resume benchmark").split()  # settings that do not change the weights
+FREE = ("out root device workers cache_gib compile grad_accum_steps which knn_every save_minutes "
+        "max_minutes resume benchmark").split()  # settings that do not change the weights
 
 def write_file(path, content):
     """Write a text, or what content(file) writes: at any moment the old or the new file is there,
@@ -742,6 +744,24 @@ def noting_signals(batches, noted):
         for number, handler in before.items():
             signal.signal(number, handler)
 
+def backward(model, batch, parts, autocast):
+    """Gradients of the mean loss over a batch (tensors with the images first) that is computed in
+    equal `parts`, one after the other; returns that loss. Raises UserError if memory runs out."""
+    total, pieces = 0.0, list(zip(*(x.chunk(parts) for x in batch)))
+    try:
+        for done, piece in enumerate(pieces, 1):
+            wait = done < parts and hasattr(model, "no_sync")  # the processes agree once a step
+            with model.no_sync() if wait else nullcontext():
+                with autocast():
+                    loss = model(*piece) / parts
+                loss.backward()
+            total += loss.detach()
+    except torch.OutOfMemoryError:
+        raise UserError(f"the device has not enough memory for {len(pieces[0][0])} images at once: "
+                        f"try --grad-accum-steps {2 * parts}, the same step in {2 * parts} parts "
+                        "(more, if that is not enough)") from None
+    return total
+
 def continue_from(checkpoint, config, parts, images):
     """Load the states of all `parts`, {name: module}. Raises UserError if it is another run."""
     saved, now = checkpoint["config"], asdict(config) | {"images": images}
@@ -768,6 +788,9 @@ def train(config, objective=None):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % processes:
         raise UserError(f"--batch-size {config.batch_size}: {processes} processes cannot share it")
+    if config.batch_size // processes % config.grad_accum_steps:
+        raise UserError(f"--grad-accum-steps {config.grad_accum_steps}: must divide the images of "
+                        f"a process, {config.batch_size // processes} a step")
     if processes > 1:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     sys.stdout = open(os.devnull, "w") if rank else sys.stdout
@@ -801,6 +824,7 @@ def train(config, objective=None):
         return folder
     model = objective if processes == 1 else nn.parallel.DistributedDataParallel(objective)
     model = torch.compile(model) if config.compile else model
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.amp == "bf16")
     images.cache(range(len(images)), config.cache_gib)
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     write_file(folder / "config.json", json.dumps(asdict(config) | versions, indent=2) + "\n")
@@ -827,13 +851,10 @@ def train(config, objective=None):
         if step == 0:
             draw_views(folder / "preview.png", view_a[:8], view_b[:8], masks[0][:8])
         torch.manual_seed(hash((config.seed, step, rank)))  # of dropout
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-            loss = model(view_a, view_b, *masks)
-        loss.backward()
+        losses += backward(model, (view_a, view_b, *masks), config.grad_accum_steps, autocast)
         optimizer.step()
         optimizer.zero_grad()
         objective.update_teacher(momentum)
-        losses += loss.detach()
         done, now = step % steps + 1, time.time()
         stop = noted[0] if noted else int(now - begun > 60 * config.max_minutes)
         if processes > 1:  # all stop after the same step

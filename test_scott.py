@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -1362,23 +1363,63 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCOT
 NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0", "--drop-path", "0"]
 
 
+def weight_changes_differ(config, one, two):
+    """Largest norm of the difference of two students, a share of the change since the start."""
+    torch.manual_seed(0)
+    start = scott.encoder_of(config).state_dict()
+    return max(((one[name] - two[name]).norm() / (one[name] - start[name]).norm()).item()
+               for name in ("tokenizer.conv1.weight", "blocks.3.ffn.proj.weight", "mask_token"))
+
+
+def test_a_step_in_parts_is_the_same_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 41)
+    flags = [*LOOSE, *NO_DROPOUT, "--epochs", "4", "--lr-start", "1e-4"]
+    for parts in ("1", "4"):
+        assert scott.main([*flags, "--grad-accum-steps", parts, "--out", parts]) == 0
+    whole, parts = (scott.load_checkpoint(f"{name}/last.pt") for name in ("1", "4"))
+    assert whole["step"] == parts["step"] == 20
+    assert weight_changes_differ(whole["config"], whole["student"], parts["student"]) < 1e-3
+    for one, two in zip(rows_of(Path("1"))[1:], rows_of(Path("4"))[1:]):
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-4)
+    # the number of parts may change from one resume to the next
+    assert scott.main(["--resume", "4/last.pt", "--epochs", "5", "--grad-accum-steps", "2"]) == 0
+
+
+def test_a_step_in_parts_needs_equal_parts_and_says_when_memory_runs_out(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "loose", 17)
+    assert scott.main([*RESUMED, "--grad-accum-steps", "3"]) == 2
+    assert "--grad-accum-steps 3: must divide" in capsys.readouterr().err
+
+    def full(self, view_a, view_b, mask):
+        if len(view_a) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.student(view_a, mask).mean()
+
+    monkeypatch.setattr(scott.MIMJEPA, "forward", full)
+    assert scott.main([*RESUMED, "--grad-accum-steps", "2"]) == 2
+    printed = capsys.readouterr().err
+    assert "--grad-accum-steps 4" in printed and printed.count("\n") == 1
+    assert scott.main([*RESUMED, "--grad-accum-steps", "4"]) == 0
+
+
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "loose", 41)
     flags = [*LOOSE, *NO_DROPOUT, "--epochs", "4", "--lr-start", "1e-4"]
     assert scott.main([*flags, "--out", "one"]) == 0
     command, environment = [*TWO, *flags, "--out", "two"], os.environ | {"OMP_NUM_THREADS": "1"}
+    command += ["--grad-accum-steps", "2"]  # of a process: two parts of two images
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("trained in") == 1  # only one of the two speaks
     assert not Path("two-2").exists()
     one, two = (scott.load_checkpoint(f"{name}/last.pt") for name in ("one", "two"))
     assert one["step"] == two["step"] == 20
-    torch.manual_seed(0)
-    start = scott.encoder_of(one["config"]).state_dict()
-    for name in ("tokenizer.conv1.weight", "blocks.3.ffn.proj.weight", "mask_token"):
-        change = one["student"][name] - start[name]
-        assert (one["student"][name] - two["student"][name]).norm() < 0.01 * change.norm(), name
+    assert weight_changes_differ(one["config"], one["student"], two["student"]) < 0.01
     losses = [[row["loss"] for row in rows_of(Path(name))][1:] for name in ("one", "two")]
     assert losses[0] != losses[1]  # each writes the loss of its own images
 
@@ -1796,8 +1837,23 @@ def test_a_baseline_trains_stops_resumes_and_is_probed(name, tmp_path, monkeypat
     assert json.loads((whole / "probe.json").read_text())[0]["mode"] == "knn"
 
 
+@pytest.mark.parametrize("name", ["ijepa", "bootleg"])
+def test_a_baselines_step_in_parts_is_the_same_step(name):
+    method, batch = make_baseline(name)
+    gradients, losses = [], []
+    for parts in (1, 2):
+        losses.append(scott.backward(method, batch, parts, nullcontext))
+        trained = {n: p for n, p in method.named_parameters() if p.requires_grad}
+        gradients.append({n: p.grad.clone() for n, p in trained.items()})
+        method.zero_grad()
+    assert torch.allclose(*losses)
+    for key, gradient in gradients[0].items():
+        assert torch.allclose(gradients[1][key], gradient, rtol=1e-3, atol=1e-6), key
+
+
 def test_mistakes_with_a_baseline_are_one_line(capsys):
     for main, flags, says in (
+        (capi.main, ["--grad-accum-steps", "2"], "--grad-accum-steps"),
         (ijepa.main, ["--mask-ratio", "0.4"], "--mask-ratio 0.4"),
         (capi.main, ["--hidden-targets"], "--hidden-targets"),
         (bootleg.main, ["--model", "vit-13/16"], "vit-12/16"),

@@ -143,6 +143,9 @@ class CAPI(scott.MIMJEPA):
     def __init__(self, encoder, config):
         if config.hidden_targets:
             raise scott.UserError("--hidden-targets: CAPI clusters the last block alone")
+        if config.grad_accum_steps > 1:
+            raise scott.UserError("--grad-accum-steps: CAPI's clusters are balanced over all "
+                                  "images of a step, so it cannot be done in parts; use 1")
         super().__init__(encoder)
         self.student.mask_token.requires_grad_(False)  # not used: what is hidden is left out
         self.config, dim = config, encoder.embed_dim

@@ -14,6 +14,7 @@ How it differs from I-JEPA (`ijepa.py`):
 import math
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,14 @@ from baselines.ijepa import IJEPA, block_size, place_blocks, uniform
 @dataclass
 class Config(baselines.Config):
     """Defaults of ViT-S/16 (Tables 6 and 7); the learning rate grows with the batch."""
-    mask: str = scott.flag("alternating-blocks", "how patches are hidden", group="masks",
-                           choices=("alternating-blocks",))
-    mask_ratio: float = scott.flag(0.6, "not used: the blocks decide", 0.6, 0.6)
-    registers: int = scott.flag(5, "a class token, and registers", 1, 64)
-    predictor_depth: int = scott.flag(10, "blocks of the predictor", 1, 48)
-    hidden_targets: bool = scott.flag(True, "blocks 1, 4, 8, 12 as targets, not the last alone")
-    ema_start: float = scott.flag(0.9985, "teacher momentum of the first step", 0, 1)
-    ema_end: float = scott.flag(0.9985, "teacher momentum of the last step", 0, 1)
+    mask: Literal["alternating-blocks"] = "alternating-blocks"  # how patches are hidden
+    mask_ratio: float = 0.6  # not used: the blocks decide
+    registers: int = 5  # a class token, and registers
+    predictor_depth: int = 10  # blocks of the predictor
+    hidden_targets: bool = True  # blocks 1, 4, 8, 12 as targets, not the last alone
+    ema_start: float = 0.9985  # teacher momentum of the first step
+    ema_end: float = 0.9985  # teacher momentum of the last step
+    unused = ("mask_ratio",)
 
     def paper(self):
         lr = 3e-3 * self.batch_size / 2048
@@ -59,19 +60,41 @@ def alternating_blocks(count, grid, generator):
 
     return place_blocks(count, grid, [size, size[::-1]] * 2, side, from_corner, 1, generator)
 
+def hidden_layers(depth):
+    """Blocks whose outputs are predicted: 1, 4, 8 and 12 of 12, in proportion of others."""
+    return sorted({1, round(depth / 3), round(2 * depth / 3), depth} - {0})
+
+def encode_layers(encoder, images, layers):
+    """The outputs of the blocks `layers`, from 1, each LayerNormed, joined: (B, N, layers * D)."""
+    tokens, outputs = encoder.embed(images), []
+    patches = tokens.shape[1]
+    tokens = baselines.add_registers(encoder, tokens)
+    for layer, block in enumerate(encoder.blocks, 1):
+        tokens = block(tokens)
+        if layer in layers:
+            outputs.append(F.layer_norm(tokens[:, -patches:], (encoder.embed_dim,)))
+    return torch.cat(outputs, -1)
+
 class Bootleg(IJEPA):
     """Predict hidden layers of the teacher at target blocks (sec. 4). Of the encoder's registers,
     the first is the class token, which the predictor gets; it has four registers of its own."""
-    draw_masks = staticmethod(alternating_blocks)
+    draw_blocks = staticmethod(alternating_blocks)
 
     def __init__(self, encoder, config):
-        super().__init__(encoder, config, num_heads=max(16, encoder.num_heads), class_tokens=1,
-                         registers=4)
+        depth = len(encoder.blocks)
+        layers = hidden_layers(depth) if config.hidden_targets else [depth]
+        super().__init__(encoder, config, len(layers), num_heads=max(16, encoder.num_heads),
+                         class_tokens=1, registers=4)
+        self.layers = layers
+
+    def target(self, images):
+        """What the layers of the teacher say of each patch: (B, N, layers * D)."""
+        return encode_layers(self.teacher.eval(), images, self.layers)
 
     def departures(self):
         """What is not as in the paper, and why: texts."""
-        depth, config = self.student.depth, self.config
-        if depth != 12:
+        depth, config = len(self.student.blocks), self.config
+        if self.layers != [1, 4, 8, 12]:
             yield f"target blocks {self.layers} of {depth}, not 1, 4, 8, 12 of 12"
         if config.recipe == "paper" and config.warmup_epochs == 0.2 * config.epochs:
             yield f"warm-up of {config.warmup_epochs:g} epochs, a fifth of the run, not 33 and 12 %"

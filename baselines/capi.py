@@ -16,6 +16,7 @@ How it differs from MIM-JEPA:
 import math
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -27,19 +28,16 @@ import scott
 @dataclass
 class Config(baselines.Config):
     """Defaults of Tables 6 and 8, but for the size of the clustering."""
-    mask: str = scott.flag("rolled-block", "how patches are hidden", group="masks",
-                           choices=("rolled-block",))
-    mask_ratio: float = scott.flag(0.65, "share of the patches hidden from the student", 0, 1)
-    registers: int = scott.flag(16, "learnable tokens beside the patches", 0, 64)
-    predictor_depth: int | None = scott.flag(None, "blocks of the predictor (default: half of the "
-                                             "encoder's, at least 2)", 1, 48)
-    prototypes: int | None = scott.flag(None, "clusters (default: 512, from batch 257 on 4 a batch "
-                                        "up to 16384)", 2, 10**6)
-    predictions: int = scott.flag(7, "hidden patches that are predicted, an image", 1, 10**6)
-    ema_start: float = scott.flag(0.996, "not used: it is 1 - learning rate", 0.996, 0.996)
-    ema_end: float = scott.flag(1.0, "not used: it is 1 - learning rate", 1, 1)
-    sinkhorn: str = scott.flag("positionwise", "how clusters are balanced: at each position of "
-                               "the image, or over all", choices=("positionwise", "global"))
+    mask: Literal["rolled-block"] = "rolled-block"  # how patches are hidden
+    mask_ratio: float = 0.65  # share of the patches hidden from the student
+    registers: int = 16  # learnable tokens beside the patches
+    predictor_depth: int | None = None  # blocks (default: half of the encoder's, at least 2)
+    prototypes: int | None = None  # clusters (default: 512, or 4 an image of a larger batch)
+    predictions: int = 7  # hidden patches that are predicted, an image
+    ema_start: float = 0.996  # not used: the momentum is 1 - learning rate
+    ema_end: float = 1.0  # not used: the momentum is 1 - learning rate
+    sinkhorn: Literal["positionwise", "global"] = "positionwise"  # over what clusters are balanced
+    unused = ("ema_start", "ema_end")
 
     def paper(self):
         return dict(crop_scale=0.6, views="none", dropout=0.0, attention_dropout=0.0, drop_path=0.2,
@@ -47,8 +45,11 @@ class Config(baselines.Config):
                     wd_end=0.1, warmup_epochs=0.1 * self.epochs)
 
     def settled(self):
-        size = 512 if self.batch_size <= 256 else min(16384, 4 * self.batch_size)
+        if self.grad_accum_steps > 1:
+            raise scott.UserError("--grad-accum-steps: CAPI's clusters are balanced over all "
+                                  "images of a step, so it cannot be done in parts; use 1")
         config = super().settled()
+        size = 512 if self.batch_size <= 256 else min(16384, 4 * self.batch_size)
         config.prototypes = self.prototypes or size
         return config
 
@@ -101,9 +102,10 @@ class CrossAttention(nn.Module):
         self.q, self.kv, self.proj = (nn.Linear(dim, n * dim, bias=False) for n in (1, 2, 1))
 
     def forward(self, x, context):
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-                   for y in (self.q(x), *self.kv(context).chunk(2, -1)))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        k, v = self.kv(context).chunk(2, -1)
+        heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.q(x), k, v)]
+        x = F.scaled_dot_product_attention(*heads)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 class CrossBlock(nn.Module):
     """Cross-attention and feed-forward, pre-norm, no self-attention: (B, Q, D) -> (B, Q, D)."""
@@ -138,24 +140,30 @@ class Predictor(nn.Module):
 class CAPI(scott.MIMJEPA):
     """Predict the cluster of the teacher's token where the student sees nothing (sec. 3).
     encoder: `scott.ViT`; config: a settled `Config`."""
-    draw_mask = staticmethod(rolled_block_mask)
-
     def __init__(self, encoder, config):
-        if config.hidden_targets:
-            raise scott.UserError("--hidden-targets: CAPI clusters the last block alone")
-        if config.grad_accum_steps > 1:
-            raise scott.UserError("--grad-accum-steps: CAPI's clusters are balanced over all "
-                                  "images of a step, so it cannot be done in parts; use 1")
-        super().__init__(encoder)
+        super().__init__(encoder, predictor_depth=0)  # it gets another predictor
         self.student.mask_token.requires_grad_(False)  # not used: what is hidden is left out
         self.config, dim = config, encoder.embed_dim
-        self.predictor = Predictor(dim, config.predictor_depth or max(2, encoder.depth // 2),
-                                   encoder.num_heads, config.prototypes)
+        depth = config.predictor_depth or max(2, len(encoder.blocks) // 2)
+        self.predictor = Predictor(dim, depth, encoder.num_heads, config.prototypes)
         self.prototypes = nn.Linear(dim, config.prototypes, bias=False)
         nn.init.normal_(self.prototypes.weight)  # [code]
-        self.prototypes.weight.lr_scale = 0.5  # Table 6, as the next
-        for weight in self.student.tokenizer.parameters():
-            weight.lr_scale = 0.2 if config.recipe == "paper" else 1.0
+
+    def draw_masks(self, count, grid, generator):
+        """What is hidden from the student in each image of a batch: (B, N) bool."""
+        ratio = self.config.mask_ratio
+        masks = [rolled_block_mask(grid, ratio, generator).flatten() for _ in range(count)]
+        return (torch.stack(masks),)
+
+    def parameter_groups(self):
+        """For AdamW: with shares of the learning rate (Table 6)."""
+        prototypes = [self.prototypes.weight]
+        tokenizer = list(self.student.tokenizer.parameters())
+        special = {id(weight) for weight in prototypes + tokenizer}
+        rest = [weight for weight in self.parameters() if id(weight) not in special]
+        scale = 0.2 if self.config.recipe == "paper" else 1.0
+        return [*scott.parameter_groups(rest), *scott.parameter_groups(prototypes, 0.5),
+                *scott.parameter_groups(tokenizer, scale)]
 
     def departures(self):
         """What is not as in the paper, and why: texts."""
@@ -174,10 +182,9 @@ class CAPI(scott.MIMJEPA):
         wanted = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1)
         wanted = wanted.topk(min(self.config.predictions, hidden), 1).indices
         with torch.no_grad():
-            tokens = self.teacher(view_b).float()
-        context = self.student(view_a, mask, visible)
-        grid = view_a.shape[-2] // 16, view_a.shape[-1] // 16
-        prediction = self.predictor(context, wanted, grid).float()
+            tokens = self.teacher.eval()(view_b).float()
+        context = baselines.encode_visible(self.student, view_a, mask, visible)
+        prediction = self.predictor(context, wanted, scott.grid_of(view_a)).float()
         with torch.autocast(mask.device.type, enabled=False):  # of clusters, in float32
             logits = self.prototypes(F.normalize(tokens, dim=-1))  # (B, N, P) (Eq. 1)
             targets = sinkhorn(logits / 0.06, self.config.sinkhorn == "positionwise")  # (Eq. 4)

@@ -16,11 +16,11 @@ How it differs from MIM-JEPA:
 import math
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import default_collate
 
 import baselines
 import scott
@@ -28,12 +28,11 @@ import scott
 @dataclass
 class Config(baselines.Config):
     """Defaults of the ViT-S/16 of I-JEPA's recipe; its learning rate grows with the batch."""
-    mask: str = scott.flag("multi-block", "how patches are hidden", group="masks",
-                           choices=("multi-block",))
-    mask_ratio: float = scott.flag(0.6, "not used: the blocks decide", 0.6, 0.6)
-    predictor_depth: int = scott.flag(6, "blocks of the predictor", 1, 48)
-    loss: str = scott.flag("smooth-l1", "smooth-l1 [code], or l2 as in sec. 3",
-                           choices=("smooth-l1", "l2"))
+    mask: Literal["multi-block"] = "multi-block"  # how patches are hidden
+    mask_ratio: float = 0.6  # not used: the blocks decide
+    predictor_depth: int = 6  # blocks of the predictor
+    loss: Literal["smooth-l1", "l2"] = "smooth-l1"  # smooth-l1 [code], or l2 as in sec. 3
+    unused = ("mask_ratio",)
 
     def paper(self):
         lr = 1e-3 * self.batch_size / 2048
@@ -66,13 +65,15 @@ def place_blocks(count, grid, sizes, side, order, smallest, generator):
 
     visible, targets = [], []
     while len(visible) < count:
-        blocks, context = torch.stack([place(h, w) for h, w in sizes]), place(side, side)
+        blocks = torch.stack([place(h, w) for h, w in sizes])
+        context = place(side, side)
         context = context[~torch.isin(context, blocks)]
         if len(context) >= smallest:
             visible.append(context[order(context // width, context % width)])
             targets.append(blocks)
     shortest = min(map(len, visible))
-    return torch.stack([v[:shortest].sort().values for v in visible]), torch.stack(targets)
+    visible = [kept[:shortest].sort().values for kept in visible]
+    return torch.stack(visible), torch.stack(targets)
 
 def smallest_context(patches):
     """10 of 196 patches [code], in proportion of others."""
@@ -116,34 +117,32 @@ class NarrowPredictor(nn.Module):
 
     def forward(self, context, visible, targets, grid):
         positions = scott.sincos_positions(*grid, self.width, context.device)
-        parts = [self.embed(context[:, -visible.shape[1] :]) + positions[visible]]
+        patches = context[:, -visible.shape[1] :]
+        parts = [self.embed(patches) + positions[visible]]
         if self.class_tokens:
             parts = [self.embed(context[:, : self.class_tokens]), *parts]
         if self.registers is not None:
             parts = [self.registers.expand(len(context), -1, -1), *parts]
         seen = torch.cat(parts, 1).repeat_interleave(targets.shape[1], 0)
         wanted = (self.mask_token + positions[targets]).flatten(0, 1)
-        x = self.blocks(torch.cat([seen, wanted], 1))[:, -targets.shape[2] :]  # (B M, T, width)
-        return self.head(F.layer_norm(x, (self.width,))).unflatten(0, targets.shape[:2])
+        x = self.blocks(torch.cat([seen, wanted], 1))
+        x = x[:, -targets.shape[2] :]  # (B M, T, width)
+        x = self.head(F.layer_norm(x, (self.width,)))
+        return x.unflatten(0, targets.shape[:2])
 
 class IJEPA(scott.MIMJEPA):
     """Predict blocks of the teacher's output from the patches that the student sees.
-    encoder: `scott.ViT`; config: a settled `Config`; predictor: further options of its own."""
-    draw_masks = staticmethod(multi_block)
+    encoder: `scott.ViT`; config: a settled `Config`; layers: of the teacher, that are predicted;
+    predictor: further options of its own."""
+    draw_blocks = staticmethod(multi_block)
 
-    @staticmethod
-    def draw_mask(grid, ratio):
-        """The seed of an image. All of a batch have blocks of one size, so their masks are drawn
-        together, from the seed of the first: no number of loader processes changes them."""
-        return torch.randint(2**62, (1,))
-
-    def __init__(self, encoder, config, **predictor):
-        super().__init__(encoder, hidden_targets=config.hidden_targets)
+    def __init__(self, encoder, config, layers=1, **predictor):
+        super().__init__(encoder, predictor_depth=0)  # it gets another predictor
         self.student.mask_token.requires_grad_(False)  # not used: what is hidden is left out
-        self.config, dim = config, encoder.embed_dim
+        self.config = config
+        dim, depth = encoder.embed_dim, config.predictor_depth
         options = {"num_heads": encoder.num_heads} | encoder.block_options | predictor
-        self.predictor = NarrowPredictor(dim, dim * len(self.layers), dim // 2,
-                                         config.predictor_depth, **options)
+        self.predictor = NarrowPredictor(dim, dim * layers, dim // 2, depth, **options)
 
     def departures(self):
         """What is not as in the paper, and why: texts."""
@@ -151,14 +150,16 @@ class IJEPA(scott.MIMJEPA):
         if patches != 196:
             yield f"a context of at least {smallest_context(patches)} of {patches} patches, not 10"
 
-    def collate(self, items):
-        """Items of `scott.Crops` -> crops, draws, hidden (B, N) bool, visible, targets."""
-        crops, draws, seeds = default_collate(items)
-        grid = crops.shape[-2] // 16, crops.shape[-1] // 16
-        generator = torch.Generator().manual_seed(seeds[0].item())
-        visible, targets = self.draw_masks(len(crops), grid, generator)
-        hidden = torch.ones(len(crops), math.prod(grid), dtype=torch.bool)
-        return crops, draws, hidden.scatter(1, visible, False), visible, targets
+    def draw_masks(self, count, grid, generator):
+        """Of the images of a batch, whose blocks have one size: hidden (B, N) bool, and the indices
+        visible (B, K) and targets (B, M, T)."""
+        visible, targets = self.draw_blocks(count, grid, generator)
+        hidden = torch.ones(count, math.prod(grid), dtype=torch.bool)
+        return hidden.scatter(1, visible, False), visible, targets
+
+    def target(self, images):
+        """What the teacher, which sees all of the images, says of each patch: (B, N, D)."""
+        return self.teacher.eval()(images)
 
     def loss(self, prediction, target):
         """(B, M, T, D) each; l2: the sum over a block, the mean over blocks (sec. 3, Loss)."""
@@ -167,12 +168,11 @@ class IJEPA(scott.MIMJEPA):
         return F.smooth_l1_loss(prediction, target)
 
     def forward(self, view_a, view_b, hidden, visible, targets):
-        """Views (B, 3, H, W), and the masks of `collate` -> loss."""
-        with torch.no_grad():  # the targets are cut from the output: the teacher sees all
-            target = gather(self.teacher(view_b, layers=self.layers), targets)
-        context = self.student(view_a, hidden, visible)
-        grid = view_a.shape[-2] // 16, view_a.shape[-1] // 16
-        prediction = self.predictor(context, visible, targets, grid)
+        """Views (B, 3, H, W), and what `draw_masks` returns -> loss."""
+        with torch.no_grad():
+            target = gather(self.target(view_b), targets)
+        context = baselines.encode_visible(self.student, view_a, hidden, visible)
+        prediction = self.predictor(context, visible, targets, scott.grid_of(view_a))
         return self.loss(prediction.float(), target.float())
 
 def main(argv=None):

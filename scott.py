@@ -26,12 +26,11 @@ import re
 import signal
 import sys
 import time
-import zipfile
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -39,12 +38,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import datasets, ops, utils
 from torchvision.transforms import v2 as T
-from torchvision.transforms.v2 import functional as TF
 
 # ---- Settings ----------------------------------------------------------------------------------
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
@@ -54,11 +51,10 @@ class UserError(ValueError):
 
 @dataclass
 class Config:
-    """Every setting of a run, a command-line flag each; what stands beside it is its help. The
-    defaults are the paper's (Table 6) for SCOTT-12/16. None and "auto" are settled by `resolve`."""
-    data: str = "demo"  # demo, flowers102, pets37 or a folder of images
-    root: str = "data"  # folder that holds, or receives, the named data sets
-    split: str = "all"  # images to train on: all, or train, val, test, trainval joined by +
+    """Every setting of a run, a flag each, its help beside it. Defaults: SCOTT-12/16 (Table 6)."""
+    data: str = "demo"  # demo, flowers102 or a folder of images
+    root: str = "data"  # folder that holds, or receives, flowers102
+    split: str = "all"  # images to train on: all, train, val, test or trainval
     img_size: int = 224  # side of the input, pixels, a multiple of 16
     crop_scale: float = 0.2  # smallest crop, share of the image's area
     views: Literal["different", "same", "none"] = "different"  # colours of the two views
@@ -94,7 +90,7 @@ class Config:
     resume: str | None = None  # go on: the last.pt of a run
     save_minutes: float = 10.0  # minutes between checkpoints
     max_minutes: float = 1e6  # stop after so long; --resume goes on
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     amp: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic
     workers: int | None = None  # loader processes (default: 1, with a GPU 16)
     cache_gib: float = 8.0  # memory for decoded images, GiB
@@ -144,14 +140,13 @@ def grid_of(images):
 
 def enlarge(mask, x):
     """Patch mask (B, 1, Gh, Gw) at the resolution of x (B, C, H, W): (B, 1, H, W)."""
-    mask = mask.repeat_interleave(x.shape[-2] // mask.shape[-2], -2)
-    return mask.repeat_interleave(x.shape[-1] // mask.shape[-1], -1)
+    size = x.shape[-1] // mask.shape[-1]
+    return mask.repeat_interleave(size, -2).repeat_interleave(size, -1)
 
 class SparseConv2d(nn.Conv2d):
     """A convolution without bias that neither sees nor fills hidden patches (sec. 3.1).
-    forward(x (B, C, H, W), mask (B, 1, Gh, Gw) bool or None): hidden sites are zeroed, the dense
-    result is divided by the visible share of the kernel's in-image taps (`renormalise`), and hidden
-    sites are zeroed again: the pattern neither grows nor shrinks. Without a mask: nn.Conv2d."""
+    forward(x (B, C, H, W), mask (B, 1, Gh, Gw) bool or None): hidden sites are zeroed before and
+    after; `renormalise`: divide by the visible share of the kernel's taps inside the image."""
     def __init__(self, in_channels, out_channels, kernel_size, stride, padding, renormalise=True):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
         self.renormalise = renormalise
@@ -160,34 +155,31 @@ class SparseConv2d(nn.Conv2d):
         if mask is None:
             return super().forward(x)
         hidden = enlarge(mask, x)
-        x = super().forward(torch.where(hidden, x.new_zeros(()), x))  # keeps channels last
+        x = super().forward(torch.where(hidden, 0, x))  # unlike masked_fill, keeps channels last
         scale = (~enlarge(mask, x)).float()
         if self.renormalise:
-            window = (self.kernel_size, self.stride, self.padding)
-            share = F.avg_pool2d((~hidden).float(), *window, count_include_pad=False)
+            share = F.avg_pool2d((~hidden).float(), self.kernel_size, self.stride, self.padding,
+                                 count_include_pad=False)
             scale = scale / share.masked_fill(share == 0, 1)
         return x * scale.to(x.dtype)
 
 def sparse_max_blur_pool(x, mask=None):
     """Anti-aliased max pooling (Zhang 2019), (B, C, H, W) -> (B, C, H/2, W/2), masks as above.
-    Max of 2x2 at stride 1, where hidden sites never win, then a 3x3 binomial blur at stride 2.
-    Nothing to renormalise: as patches have an even side, all taps around a visible site see one."""
+    Hidden sites never win the 2x2 maximum; then a binomial 3x3 blur, whose taps all see a visible
+    site where the middle is one, as patches have an even side: nothing to renormalise."""
     if mask is not None:  # low enough to lose, but not to overflow in a mean
-        x = torch.where(enlarge(mask, x), x.new_full((), torch.finfo(x.dtype).min / 16), x)
+        x = torch.where(enlarge(mask, x), torch.finfo(x.dtype).min / 16, x)
     x = F.max_pool2d(x, 2, 1)
-    # Two means of 2x2 are the binomial 3x3, [1 2 1] = [1 1] * [1 1], with a fast gradient.
-    x = F.avg_pool2d(F.avg_pool2d(x, 2, 1, 1), 2)
+    x = F.avg_pool2d(F.avg_pool2d(x, 2, 1, 1), 2)  # [1 2 1] = [1 1] * [1 1], a fast gradient
     return x if mask is None else x * ~enlarge(mask, x)
 
 class SparseConvTokenizer(nn.Module):
-    """SCOTT's stem (Table 3): twice sparse convolution, ReLU, sparse MaxBlurPool.
-    forward(images (B, 3, H, W), mask (B, N) bool or None) -> tokens (B, N, D), N = H/16 * W/16.
-    Tokens of hidden patches are zero; hidden pixels have no influence on the others."""
-    def __init__(self, embed_dim=384, hidden_dim=None, renormalise=True):
+    """SCOTT's stem (Table 3): images (B, 3, H, W), mask (B, N) bool or None -> tokens (B, N, D),
+    N = H/16 * W/16. Tokens of hidden patches are zero; the others know nothing of their pixels."""
+    def __init__(self, embed_dim=384, renormalise=True):
         super().__init__()
-        hidden_dim = hidden_dim or embed_dim // 6  # 64 for the width of 384
-        self.conv1 = SparseConv2d(3, hidden_dim, 7, 2, 3, renormalise)
-        self.conv2 = SparseConv2d(hidden_dim, embed_dim, 7, 2, 3, renormalise)
+        self.conv1 = SparseConv2d(3, embed_dim // 6, 7, 2, 3, renormalise)
+        self.conv2 = SparseConv2d(embed_dim // 6, embed_dim, 7, 2, 3, renormalise)
         nn.init.kaiming_normal_(self.conv1.weight)
         nn.init.kaiming_normal_(self.conv2.weight)
 
@@ -211,9 +203,8 @@ class PatchEmbed(nn.Conv2d):
 def sincos_positions(height, width, dim, device="cpu"):
     """Fixed 2-D sin-cos positions of the integer grid indices: (height * width, dim) float32."""
     frequency = 10000 ** (-torch.arange(dim // 4, device=device) / (dim // 4))
-    rows = torch.arange(height, device=device)
-    columns = torch.arange(width, device=device)
-    angle = torch.cartesian_prod(rows, columns)[..., None] * frequency  # (N, 2, dim / 4)
+    axes = (torch.arange(side, device=device) for side in (height, width))
+    angle = torch.cartesian_prod(*axes)[..., None] * frequency  # (N, 2, dim / 4)
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(1)
 
 class Attention(nn.Module):
@@ -273,9 +264,8 @@ def make_blocks(depth, dim, num_heads, drop_path=0.0, **options):
 
 class ViT(nn.Module):
     """Vision Transformer over a tokenizer: no class token, fixed positions, one mask token (Eq. 1).
-    forward(images (B, 3, H, W), mask (B, N) bool or None) -> (B, N, D) after the final LayerNorm,
-    for any H and W divisible by 16, otherwise ValueError. Further `options` go to every `Block`.
-    registers: learnable tokens beside the patches."""
+    forward(images (B, 3, H, W), mask (B, N) bool or None) -> (B, N, D) after the final LayerNorm;
+    ValueError unless 16 divides H and W. registers: learnable extra tokens; options: of `Block`."""
     def __init__(self, tokenizer, embed_dim=384, depth=12, num_heads=6, registers=0, **options):
         super().__init__()
         self.tokenizer, self.embed_dim, self.num_heads = tokenizer, embed_dim, num_heads
@@ -290,7 +280,7 @@ class ViT(nn.Module):
 
     def embed(self, images, mask=None):
         """What goes into the blocks (Eq. 1): (B, N, D)."""
-        if images.shape[-2] % 16 or images.shape[-1] % 16:
+        if any(side % 16 for side in images.shape[-2:]):
             raise ValueError(f"image size {tuple(images.shape[-2:])} is not divisible by 16")
         tokens = self.tokenizer(images, mask)
         if mask is not None:
@@ -305,13 +295,11 @@ class ViT(nn.Module):
         tokens = F.layer_norm(self.blocks(tokens), (self.embed_dim,))
         return tokens[:, -patches:]
 
-SIZES = {  # width, depth, heads (Tables 4 and 11; the heads of 3 and 9 blocks are not stated)
-    "tiny": (192, 4, 3), "3": (384, 3, 4), "7": (384, 7, 4), "9": (384, 9, 4), "12": (384, 12, 6),
-}
+SIZES = {"tiny": (192, 4, 3), "3": (384, 3, 4), "7": (384, 7, 4), "9": (384, 9, 4),
+         "12": (384, 12, 6)}  # width, depth, heads (Tables 4, 11; heads of 3 and 9 are not stated)
 
 def create_encoder(name, heads=None, renormalise=True, **options):
-    """A new `ViT`: "scott-12/16" (sparse tokenizer), "vit-12/16" (patch embedding), ... Raises
-    UserError for other names. options: of `ViT`."""
+    """A new `ViT` of a name as in --model; options: of `ViT`. Raises UserError for other names."""
     kind, _, size = name.removesuffix("/16").partition("-")
     if kind not in ("scott", "vit") or size not in SIZES:
         raise UserError(f"--model {name}: must be scott-S/16 or vit-S/16, S of {', '.join(SIZES)}")
@@ -319,8 +307,7 @@ def create_encoder(name, heads=None, renormalise=True, **options):
     if width % (heads or num_heads):
         raise UserError(f"--heads {heads}: must divide the width, {width}")
     # To change the tokenizer: any module with this forward(images, mask) will do.
-    scott = kind == "scott"
-    tokenizer = SparseConvTokenizer(width, renormalise=renormalise) if scott else PatchEmbed(width)
+    tokenizer = SparseConvTokenizer(width, renormalise) if kind == "scott" else PatchEmbed(width)
     return ViT(tokenizer, width, depth, heads or num_heads, **options)
 
 def encoder_of(config):
@@ -331,13 +318,12 @@ def encoder_of(config):
 
 # ---- MIM-JEPA (sec. 3.2) and its schedules (sec. 4.2, Table 6) ---------------------------------
 class MIMJEPA(nn.Module):
-    """Predict what the teacher says about patches that the student does not see (Eq. 2).
-    student: context encoder f_theta; teacher: target encoder, its average; predictor: f_phi."""
+    """Predict what the teacher says about patches that the student does not see (Eq. 2)."""
     def __init__(self, encoder, predictor_depth=3):
         super().__init__()
         width = encoder.embed_dim
-        self.student = encoder
-        self.teacher = copy.deepcopy(encoder).requires_grad_(False)
+        self.student = encoder  # context encoder f_theta
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False)  # target encoder, its average
         head = nn.Linear(width, width)
         nn.init.trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
@@ -372,32 +358,24 @@ def lr_schedule(step, total_steps, warmup_steps=0, start=1e-6, peak=5e-4, end=1e
         return linear(step, warmup_steps + 1, start, peak)
     last = total_steps - 1
     decay_start = warmup_steps + flat * (last - warmup_steps)
-    if step >= last:
-        return end
-    if step <= decay_start:
-        return peak
-    share = (step - decay_start) / (last - decay_start)
-    return end + (peak - end) * (1 + math.cos(math.pi * share)) / 2
+    share = (step - decay_start) / (last - decay_start) if step < last else 1
+    return peak if share <= 0 else end + (peak - end) * (1 + math.cos(math.pi * share)) / 2
 
 def parameter_groups(parameters, lr_scale=1.0):
     """For AdamW: matrices are `decayed`, vectors are not; lr_scale: share of the learning rate."""
-    matrices, vectors = [], []
-    for weight in parameters:
-        if weight.requires_grad:
-            (matrices if weight.ndim > 1 else vectors).append(weight)
-    return [{"params": matrices, "decayed": True, "lr_scale": lr_scale},
-            {"params": vectors, "decayed": False, "lr_scale": lr_scale}]
+    weights = [weight for weight in parameters if weight.requires_grad]
+    return [{"params": [weight for weight in weights if (weight.ndim > 1) == decayed],
+             "decayed": decayed, "lr_scale": lr_scale} for decayed in (True, False)]
+
 # ---- Data: image sets, decoding, crops (App. C) ------------------------------------------------
-class ImageSet(Dataset):
-    """Images, one array item each: files, labels (-1 = unknown) and splits ("" = none).
-    classes: names of the labels; decoded: images in memory, {path: uint8 (3, H, W)}.
+class ImageSet:
+    """Images: arrays of paths, labels (-1 = unknown) and splits ("" = none); names of the classes.
     Item (epoch, index), keyed by both and the seed: a random crop and flip (App. C), uint8
     (3, S, S); uniform numbers (2, 10) for the colours of its two views; a mask (N,) bool.
     Item index: the centre crop of the image resized to 256/224 of the size."""
     def __init__(self, config, paths, labels, splits, classes, decoded=None):
         self.config, self.classes, self.decoded = config, [*classes], decoded or {}
-        self.paths, self.splits = np.array([*paths], object), np.array(splits, object)
-        self.labels = np.array(labels)
+        self.paths, self.labels, self.splits = map(np.array, ([*paths], labels, splits))
         size, scale, bicubic = config.img_size, config.crop_scale, T.InterpolationMode.BICUBIC
         self.side = math.ceil(size * max(256 / 224, scale**-0.5))  # larger images are shrunk to it
         self.centre = T.Compose([T.Resize(round(size * 256 / 224), bicubic), T.CenterCrop(size)])
@@ -422,17 +400,14 @@ class ImageSet(Dataset):
             with Image.open(path) as image:
                 image.draft("RGB", (self.side, self.side))  # JPEG: decode at 1/2, 1/4 or 1/8
                 image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits: scaled, not clipped
+                if "I" in image.mode:  # 16 bits: scaled, not clipped
                     image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype("u1"))
-                if image.has_transparency_data:
-                    white = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(white, image.convert("RGBA"))
                 image = image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"cannot read the image {path}: {error}") from None
         if min(image.size) > self.side:
             image = ImageOps.cover(image, (self.side, self.side), Image.Resampling.BICUBIC)
-        return TF.pil_to_tensor(image)
+        return T.functional.pil_to_tensor(image)
 
     def read(self, gib):
         """Read every image, keep about `gib` GiB in memory. Unreadable ones are named and left out;
@@ -442,78 +417,65 @@ class ImageSet(Dataset):
                 return self.load(index)
             except UserError as error:
                 print(f"left out: {error}")
-        used, bad = 0, []
+        used, readable = 0, []
         with ThreadPoolExecutor() as pool:
-            for i, image in enumerate(pool.map(try_load, range(len(self.paths)))):
-                if image is None:
-                    bad.append(i)
-                elif used + image.numel() < gib * 2**30:
-                    self.decoded[self.paths[i]] = image
+            for path, image in zip(self.paths, pool.map(try_load, range(len(self.paths)))):
+                readable.append(image is not None)
+                if readable[-1] and used + image.numel() < gib * 2**30:
+                    self.decoded[path] = image
                     used += image.numel()
-        self.keep(np.delete(np.arange(len(self.paths)), bad))
-        if len(self.paths) == 0:
-            raise UserError(f"none of the {len(bad)} images can be read")
-        print(f"{len(self.paths):,} images read, {used / 2**30:.1f} GiB", flush=True)
-        return len(bad)
+        self.keep(np.array(readable))
+        if not any(readable):
+            raise UserError(f"none of the {len(readable)} images can be read")
+        return readable.count(False)
 
     def keep(self, indices):
-        """Forget the other images."""
+        """Forget all other images."""
         self.paths, self.labels = self.paths[indices], self.labels[indices]
         self.splits = self.splits[indices]
 
     def select(self, split):
-        """Indices of `split`: "all", or names joined by +. Raises UserError for unknown names."""
-        known = {*self.splits} - {""}
-        wanted = split.replace("trainval", "train+val") if "train" in known else split
-        if split != "all" and not known.issuperset(wanted.split("+")):
-            raise UserError(f"--split {split}: the data has {', '.join(['all', *sorted(known)])}")
-        return np.flatnonzero((split == "all") | np.isin(self.splits, wanted.split("+")))
-
-DATASETS = {  # class, splits, and where it keeps the paths: it has no public way to them
-    "flowers102": (datasets.Flowers102, ("train", "val", "test"), "_image_files"),
-    "pets37": (datasets.OxfordIIITPet, ("trainval", "test"), "_images")}
+        """Indices of a split, "all" or "trainval". Raises UserError for unknown names."""
+        known = {*self.splits}
+        wanted = {"all": known, "trainval": {"train", "val"}}.get(split, {split})
+        if not wanted <= known:
+            raise UserError(f"--split {split}: it has {', '.join(sorted({'all', *known} - {''}))}")
+        return np.flatnonzero([name in wanted for name in self.splits])
 
 def open_data(config):
     """The `ImageSet` that `--data` and `--root` name. Raises UserError if there is none."""
     # To change the data: return an ImageSet of your files here.
     if config.data == "demo":
         return draw_flowers(config)
-    if config.data not in DATASETS:
+    if config.data != "flowers102":
         return image_folder(config)
-    dataset, splits, attribute = DATASETS[config.data]
     rows = []
     try:
-        for split in splits:
-            part = dataset(config.root, split, download=True)
-            rows += [(*row, split) for row in zip(getattr(part, attribute), part._labels)]
+        for split in ("train", "val", "test"):
+            part = datasets.Flowers102(config.root, split, download=True)
+            rows += [(path, label, split) for path, label in zip(part._image_files, part._labels)]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"no {config.data} in --root {config.root}: {error}") from None
-    paths, labels, splits = zip(*rows)
-    names = getattr(part, "classes", sorted({*labels}))  # torchvision 0.21 has none
-    return ImageSet(config, map(str, paths), labels, splits, map(str, names))
+        raise UserError(f"no flowers102 in --root {config.root}: {error}") from None
+    return ImageSet(config, *zip(*rows), range(102))
 
 def image_folder(config):
     """Any folder of images: train/ and val/ or test/ are splits; within a split, or without any,
     sub-folders that hold images are labels; images loose or nested deeper are unlabelled."""
-    folder, endings = Path(config.data), (*datasets.folder.IMG_EXTENSIONS, ".gif")
-    if not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder, nor one of demo, {', '.join(DATASETS)}")
+    folder, found = Path(config.data), []
     known = ("train", "val", "test") if (folder / "train").is_dir() else ("",)
-    walk, found = os.walk(folder, followlinks=True), []
-    for path in sorted(Path(place, name) for place, _, names in walk for name in names):
-        parts = path.relative_to(folder).parts
-        split = parts[0] if len(parts) > 1 and parts[0] in known else ""
-        label = parts[-2] if len(parts) == 2 + bool(split) and split in known else ""
-        if path.suffix.lower() in endings and not any(part.startswith(".") for part in parts):
-            found.append((str(path), label, split))
+    for path in sorted(map(Path, glob("**/*.*", root_dir=folder, recursive=True))):
+        split = path.parts[0] if path.parts[0] in known else ""
+        label = path.parts[-2] if len(path.parts) == 2 + bool(split) and split in known else ""
+        if path.suffix.lower() in (*datasets.folder.IMG_EXTENSIONS, ".gif"):
+            found.append((str(folder / path), label, split))
     if not found:
-        raise UserError(f"no images in {folder} (looked for {' '.join(endings)})")
+        raise UserError(f"--data {folder}: no such folder, or no images in {folder}")
     paths, names, splits = zip(*found)
     classes, labels = np.unique(["", *names], return_inverse=True)  # "" is 0, to become -1
     return ImageSet(config, paths, labels[1:] - 1, splits, classes[1:].tolist())
 
 def draw_flowers(config, count=3072, size=128):
-    """The demo: flowers of 3 to 6 petals, round or pointed (8 classes); the last third is test."""
+    """The demo: flowers, in 8 classes of 3 to 6 round or pointed petals; the last third is test."""
     rng, axis, decoded = np.random.default_rng(0), np.linspace(-1, 1, size), {}
     for i in range(count):
         x, y = axis - rng.uniform(-0.25, 0.25), axis[:, None] - rng.uniform(-0.25, 0.25)
@@ -525,31 +487,24 @@ def draw_flowers(config, count=3072, size=128):
         flower = np.where(radius < 0.24, disk, petal * (0.9 - 0.3 * across))
         picture = np.where(radius < edge, flower, ground) + rng.normal(0, 20, (3, size, size))
         decoded[f"demo {i}"] = torch.from_numpy(picture.clip(0, 255).astype("uint8"))
-    classes = [f"{n} {shape} petals" for n in (3, 4, 5, 6) for shape in ("round", "pointed")]
-    splits = ["train" if i < count * 2 / 3 else "test" for i in range(count)]
-    return ImageSet(config, decoded, np.arange(count) % 8, splits, classes, decoded)
-
-def leave_group(_):
-    """In a loader process: what ends the group is for the main one, which finishes its step."""
-    os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    splits = np.where(np.arange(count) < count * 2 / 3, "train", "test")
+    return ImageSet(config, decoded, np.arange(count) % 8, splits, range(8), decoded)
 
 def make_loader(images, batches):
-    """A DataLoader; batches: lists of keys. On Linux its processes share the decoded images."""
-    config, how = images.config, {}
-    if config.workers and sys.platform == "linux":
-        how = {"multiprocessing_context": "fork", "worker_init_fn": leave_group}
+    """A DataLoader; batches: lists of keys. Its processes share the decoded images, not Ctrl-C."""
+    config = images.config
     return DataLoader(images, batch_sampler=batches, num_workers=config.workers,
-                      pin_memory="cuda" in config.device, **how)
+                      multiprocessing_context="fork" if config.workers else None,
+                      worker_init_fn=lambda _: os.setsid(), pin_memory="cuda" in config.device)
 
 # ---- Views: colour pipelines in batches (sec. 3.2, App. C) -------------------------------------
-def to_gray(images):
-    return TF.rgb_to_grayscale(images, num_output_channels=3)
+def gray(images):
+    return T.functional.rgb_to_grayscale(images, 3)
 
 def adjust_hue(images, shift):
     """HSV and back: channel n = 5, 3, 1 is V - C min(k, 4 - k, 1) with k = n + 6 H mod 6."""
-    value, brightest = images.max(1, keepdim=True)
-    chroma = value - images.amin(1, keepdim=True)
+    value, brightest = images.max(1, True)
+    chroma = value - images.amin(1, True)
     n = 5 - 2 * torch.arange(3, device=images.device).view(3, 1, 1)  # 5, 3, 1; a copy would wait
     hues = 5 - n + (images.roll(-1, 1) - images.roll(-2, 1)) * (1 / chroma.clamp_min(1e-8))
     k = (n + hues.gather(1, brightest) + 6 * shift) % 6
@@ -560,26 +515,24 @@ def gaussian_blur(images, sigma):
     groups, radius = 3 * len(images), max(1, round((images.shape[-1] * 9 / 224 - 1) / 2))
     offset = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
-    kernel = (kernel / kernel.sum(-1, keepdim=True)).repeat_interleave(3, 0)  # (3B, 1, 1, K)
-    x = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]
+    kernel = (kernel / kernel.sum(-1, True)).repeat_interleave(3, 0)  # (3B, 1, 1, K)
+    x = F.pad(images, [radius] * 4, "reflect").flatten(0, 1)[None]
     return F.conv2d(F.conv2d(x, kernel, groups=groups), kernel.mT, groups=groups).view_as(images)
 
-# To change the views: edit this table. Operations as torchvision's, of images x (B, 3, H, W) in
-# [0, 1] and a strength s each, (B, 1, 1, 1); of the first four, an image gets all or none.
+# To change the views: edit this table; x: (B, 3, H, W) in [0, 1], s: strengths (B, 1, 1, 1).
 COLORS = (  # name, operation, probability, lowest and highest strength
     ("brightness", lambda x, s: (s * x).clamp(0, 1), 0.8, 0.6, 1.4),
-    ("contrast", lambda x, s: to_gray(x).mean((1, 2, 3), True).lerp(x, s).clamp(0, 1),
-     0.8, 0.6, 1.4),
-    ("saturation", lambda x, s: to_gray(x).lerp(x, s).clamp(0, 1), 0.8, 0.8, 1.2),
+    ("contrast", lambda x, s: gray(x).mean((1, 2, 3), True).lerp(x, s).clamp(0, 1), 0.8, 0.6, 1.4),
+    ("saturation", lambda x, s: gray(x).lerp(x, s).clamp(0, 1), 0.8, 0.8, 1.2),
     ("hue", adjust_hue, 0.8, -0.1, 0.1),
     ("blur", gaussian_blur, 0.3, 0.1, 2.0),
-    ("grayscale", lambda x, s: to_gray(x), 0.1, 0.0, 1.0))
+    ("grayscale", lambda x, s: gray(x), 0.1, 0.0, 1.0))
 
 def color_pipeline(images, draws, probability, rng):
-    """Jitter, blur and grayscale in random order, each image with `probability` (App. C).
-    images: (B, 3, H, W) in [0, 1]; draws: an image's own uniform numbers, (B, 10), on the CPU; rng:
-    numpy Generator for the order, one a batch. An operation touches the images that drew it."""
-    images, groups = images.clone(), [rng.permutation(4), [4], [5]]
+    """Jitter (all four or none), blur and grayscale in random order (App. C). images (B, 3, H, W)
+    in [0, 1]; draws: an image's own uniform numbers, (B, 10), on the CPU; rng: numpy Generator for
+    the order, one a batch. An operation touches only the images that drew it."""
+    images, groups = images.clone(), [rng.permutation(4), [4], [5]]  # of four, all or none
     for group in rng.permutation(3):
         for number in groups[group]:
             _, operation, chance, *limits = COLORS[number]
@@ -600,7 +553,7 @@ def normalise(images):
 
 def make_views(crops, draws, kind="different", probability=0.6, rng=None):
     """uint8 crops (B, 3, S, S), draws (B, 2, 10) on the CPU -> normalised views a and b."""
-    count, crops = {"none": 0, "same": 1, "different": 2}[kind], crops.float() / 255
+    count, crops = ("none", "same", "different").index(kind), crops.float() / 255
     views = [color_pipeline(crops, draws[:, i], probability, rng) for i in range(count)] or [crops]
     return normalise(views[0]), normalise(views[-1])
 
@@ -609,10 +562,10 @@ def evaluation_split(images):
     """(train, test) indices of labelled images; None with fewer than two classes.
     Tested on is the test split, otherwise val, otherwise a seeded and stratified fifth."""
     order = np.random.default_rng(0).permutation(np.flatnonzero(images.labels >= 0))
-    labels, splits = images.labels[order], images.splits[order]
+    splits = images.splits[order]
     test = order[splits == ("test" if "test" in splits else "val")]
     if len(test) in (0, len(order)):
-        test = order[np.argsort(labels, kind="stable")][4::5]
+        test = order[np.argsort(images.labels[order], kind="stable")][4::5]
     train = np.setdiff1d(order, test)
     return (train, np.sort(test)) if len(test) and len({*images.labels[train]}) > 1 else None
 
@@ -640,18 +593,15 @@ def effective_rank(features):
     return torch.special.entr(sigma / sigma.sum()).sum().exp().item()
 
 def monitor(name, encoder, images, untrained=None):
-    """Print and return an encoder's effective_rank, feature_std and, with labels, knn_top1 in %;
-    warn where one of the first two is far below that of the `untrained` encoder."""
+    """Print and return effective_rank, feature_std and, with labels, knn_top1 (%) of an encoder."""
     split = evaluation_split(images)
     train, test = split or (np.random.default_rng(0).permutation(len(images.paths))[:2048], [])
     features = encode(encoder, images, [*train, *test])
     sample = features[:: max(1, len(features) // 2048)][:2048]
     row = {"effective_rank": effective_rank(sample), "feature_std": sample.std(0).mean().item()}
     text = f"rank {row['effective_rank']:.1f}, deviation {row['feature_std']:.3f}"
-    if any(row[key] < 0.4 * untrained[key] for key in row if untrained):
-        text += """
-warning: the features collapse, rank or deviation is below 40 % of the untrained encoder's. Try a
-lower --lr or an --ema-start closer to 1."""
+    if untrained and any(row[key] < 0.4 * untrained[key] for key in row):
+        print("warning: the features collapse; try a lower --lr, or an --ema-start closer to 1")
     if split:
         labels, features = torch.tensor(images.labels), features.split([len(train), len(test)])
         votes = knn_scores(features[0], labels[train], features[1], len(images.classes))
@@ -661,11 +611,9 @@ lower --lr or an --ema-start closer to 1."""
     return row
 
 def write_metrics(path, rows):
-    """metrics.csv: a line an epoch; what a row (dict) has not is blank."""
-    columns = ("epoch", "step", "loss", "lr", "weight_decay", "ema", "images_per_s", "feature_std",
-               "effective_rank", "knn_top1")
-    lines = [",".join(str(row.get(name, "")) for name in columns) for row in rows]
-    write_file(path, "\n".join([",".join(columns), *lines, ""]))
+    columns = "epoch,step,loss,lr,weight_decay,ema,images_per_s,feature_std,effective_rank,knn_top1"
+    lines = [",".join(str(row.get(name, "")) for name in columns.split(",")) for row in rows]
+    write_file(path, "\n".join([columns, *lines, ""]))
 
 def draw_views(path, view_a, view_b, mask):
     """Picture of what the model sees: views a and b (B, 3, S, S), and a without what is hidden."""
@@ -677,8 +625,7 @@ def draw_views(path, view_a, view_b, mask):
 # ---- Training ----------------------------------------------------------------------------------
 def autocast(config):
     """The arithmetic of --amp."""
-    device = torch.device(config.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=config.amp == "bf16")
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, config.amp == "bf16")
 
 def backward(model, batch, config):
     """Gradients of the mean loss over a batch (tensors with the images first), computed in equal
@@ -686,15 +633,13 @@ def backward(model, batch, config):
     parts, total = config.grad_accum_steps, 0.0
     try:
         for done, part in enumerate(zip(*(x.chunk(parts) for x in batch)), 1):
-            add_up = done == parts or PROCESSES == 1  # of the processes, once a step
-            with nullcontext() if add_up else model.no_sync():
-                with autocast(config):
-                    loss = model(*part) / parts
-                loss.backward()
+            model.require_backward_grad_sync = done == parts  # DDP's: add up once a step
+            with autocast(config):
+                loss = model(*part) / parts
+            loss.backward()
             total += loss.detach()
     except torch.OutOfMemoryError:
-        raise UserError(f"the device's memory is too small for {len(part[0])} images at once: try "
-                        f"--grad-accum-steps {2 * parts} (more, if that is not enough)") from None
+        raise UserError(f"out of memory: try --grad-accum-steps {2 * parts}, or more") from None
     return total
 
 class Run:
@@ -707,30 +652,27 @@ class Run:
         self.total = config.epochs * self.steps
         self.warmup = round(config.warmup_epochs * self.steps)
         if self.warmup >= self.total:
-            raise UserError(f"{len(self.indices)} images in batches of {config.batch_size}: "
-                            f"{self.total} steps, {self.warmup} of them for the warm-up; choose a "
-                            "smaller --batch-size, or fewer --warmup-epochs")
+            raise UserError(f"{self.total} steps: choose a smaller --batch-size or --warmup-epochs")
         torch.manual_seed(config.seed)
         method = method or (lambda encoder, config: MIMJEPA(encoder, config.predictor_depth))
         self.objective = self.model = method(encoder_of(asdict(config)), config)
         self.objective.to(config.device, memory_format=torch.channels_last)
+        if not hasattr(self.objective, config.which):
+            self.config = replace(config, which="student")
         if PROCESSES > 1:
             self.model = nn.parallel.DistributedDataParallel(self.objective)
-        groups = getattr(self.objective, "parameter_groups", lambda: None)()
-        groups = groups or parameter_groups(self.objective.parameters())
+        plain = partial(parameter_groups, self.objective.parameters())
+        groups = getattr(self.objective, "parameter_groups", plain)()
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
 
     def batches(self, start=0):
-        """A loader of the steps from `start` on: this process's share of each batch of images; what
-        is left over in an epoch is dropped."""
-        def keys():
-            seed, size = self.config.seed, self.config.batch_size
-            for epoch in range(start // self.steps, self.config.epochs):
-                order = np.random.default_rng([seed, epoch]).permutation(self.indices).tolist()
-                for position in range(max(0, start - epoch * self.steps), self.steps):
-                    batch = order[position * size :][:size]
-                    yield [(epoch, i) for i in batch[RANK::PROCESSES]]
-        return make_loader(self.images, keys())
+        """A loader of the steps from `start` on: this process's share of each whole batch."""
+        def keys(step):
+            epoch, position = divmod(step, self.steps)
+            order = np.random.default_rng([self.config.seed, epoch]).permutation(self.indices)
+            batch = order[position * self.config.batch_size :][: self.config.batch_size].tolist()
+            return [(epoch, i) for i in batch[RANK::PROCESSES]]
+        return make_loader(self.images, map(keys, range(start, self.total)))
 
     def views(self, step, crops, draws, *masks):
         """Views a and b (B, 3, S, S) of a batch, and its masks, on the device."""
@@ -756,9 +698,9 @@ class Run:
 
     def save(self, path, **progress):
         """Write a checkpoint. All draws are keyed by seed and step: there is no other state."""
-        parts = {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state = {"format": FORMAT, "config": asdict(self.config), "images": len(self.indices)}
-        write_file(path, partial(torch.save, state | parts | progress))
+        state = {"format": FORMAT, "config": asdict(self.config), "images": len(self.indices),
+                 "objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+        write_file(path, partial(torch.save, state | progress))
 
     def restore(self, path):
         """Load and return a checkpoint. Raises UserError if it is of another run."""
@@ -782,30 +724,27 @@ def train(config, method=None):
     Everything in its state_dict is saved and restored."""
     begun, config = time.time(), resolve(config)
     if PROCESSES > 1:
-        cuda = "cuda" in config.device
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if "cuda" in config.device else "gloo"
+        torch.distributed.init_process_group(backend)
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-    folder = run_folder(config)
-    config = replace(config, out=str(folder))
-    run = Run(config, method)
-    objective, rows, start, losses = run.objective, [], 0, torch.tensor(0.0, device=config.device)
-    if config.resume:
-        state = run.restore(config.resume)
-        rows, start, losses = state["rows"], state["step"], losses + state["losses"]
-    if start >= run.total:
-        print(f"{folder} is finished, {config.epochs} epochs; a larger --epochs goes on")
-        return folder
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    write_file(folder / "config.json", json.dumps(asdict(config) | versions, indent=2) + "\n")
-    size = sum(weight.numel() for weight in objective.student.parameters())
-    print(f"{config.model} ({size:,} parameters) on {len(run.indices):,} images of {config.data}, "
-          f"{config.img_size} px: {config.epochs} epochs of {run.steps} steps, {config.device} "
-          f"{config.amp}, to {folder}", flush=True)
+    out = config.out or f"runs/{Path(config.data).resolve().name}-{config.model.replace('/', '-')}"
+    folder = Path(config.resume or f"{out}/last.pt").parent
+    if folder.exists() and not config.resume:
+        raise UserError(f"{folder} exists: choose another --out, or --resume {folder}/last.pt")
+    run = Run(replace(config, out=str(folder)), method)
+    config, objective = run.config, run.objective
+    state = run.restore(config.resume) if config.resume else {"rows": [], "step": 0, "losses": 0.0}
+    start, rows = state["step"], state["rows"]
+    losses = torch.tensor(state["losses"], device=config.device)
+    write_file(f"{folder}/config.json", json.dumps(asdict(config), indent=2) + "\n")
+    print(f"{config.model} on {len(run.indices):,} images of {config.data}, {config.img_size} px: "
+          f"{config.epochs} epochs of {run.steps} steps, {config.device} {config.amp}, to {folder}",
+          flush=True)
     if not rows:
-        write_file(folder / "source.py", Path(__file__).read_text())
+        write_file(f"{folder}/source.py", Path(__file__).read_text())
         rows = [{"epoch": 0, "step": 0} | monitor("untrained", objective.student, run.images)]
-    noted, since, started = [], start, time.time()
-    saved = shown = clock = started
+    noted, since = [], start
+    saved = shown = time.time()
 
     for step, batch in enumerate(noting_signals(run.batches(start), noted), start):
         lr, decay, momentum = config.schedule(step, run.total, run.warmup)
@@ -826,37 +765,35 @@ def train(config, method=None):
         save = stop or done == run.total or now - saved > 60 * config.save_minutes
         epoch_ends = position + 1 == run.steps
         if step == 0:
-            draw_views(folder / "preview.png", *(x[:8] for x in views[:3]))
-        if save or epoch_ends or now - shown > 60:  # only here the device is waited for
-            sizes = torch._foreach_norm([losses, *objective.parameters()])
-            if not torch.stack(sizes).isfinite().all():
-                raise UserError(f"the loss or a weight is not finite by step {done}, learning rate "
-                                f"{lr:g}. Try a lower --lr or --amp fp32; last.pt is older")
-            speed, shown = (done - since) * config.batch_size / (now - clock), now
-            row = {"epoch": epoch + 1, "step": done, "loss": losses.item() / (position + 1),
-                   "lr": lr, "weight_decay": decay, "ema": momentum,
-                   "images_per_s": round(speed, 1)}
-            left = (run.total - done) * config.batch_size / speed / 60
-            print(f"epoch {epoch + 1} step {done} loss {row['loss']:.4f} {speed:.1f} images/s, "
-                  f"{left:.1f} min left", flush=True)
+            draw_views(f"{folder}/preview.png", *(x[:8] for x in views[:3]))
+        if not (save or epoch_ends or now - shown > 60):
+            continue  # only below is the device waited for
+        sizes = torch._foreach_norm([losses, *objective.parameters()])
+        if not torch.stack(sizes).isfinite().all():
+            raise UserError(f"not finite by step {done}: try a lower --lr; last.pt is older")
+        speed = (done - since) * config.batch_size / (now - shown)
+        row = {"epoch": epoch + 1, "step": done, "loss": losses.item() / (position + 1), "lr": lr,
+               "weight_decay": decay, "ema": momentum, "images_per_s": round(speed, 1)}
+        left = (run.total - done) * config.batch_size / speed / 60
+        print(f"epoch {epoch + 1} step {done} loss {row['loss']:.4f} {speed:.1f} images/s, "
+              f"{left:.1f} min left", flush=True)
         if epoch_ends:
             if done == run.total or (epoch + 1) % (config.knn_every or math.inf) == 0:
                 encoder = getattr(objective, config.which, objective.student)
                 row |= monitor(config.which, encoder, run.images, rows[0])
             rows.append(row)
-            write_metrics(folder / "metrics.csv", rows)
-            since, clock, losses = done, time.time(), torch.zeros_like(losses)
+            write_metrics(f"{folder}/metrics.csv", rows)
+            losses = torch.zeros_like(losses)
+        since, shown = done, time.time()
         if save:
-            run.save(folder / "last.pt", step=done, rows=rows, losses=losses.item())
+            run.save(f"{folder}/last.pt", step=done, rows=rows, losses=losses.item())
             saved = now
         if stop and done < run.total:
             print(f"stopped after step {done} of {run.total}; to go on: --resume {folder}/last.pt")
             if stop in SIGNALS:
                 raise SystemExit(128 + stop)
             return folder
-    print(f"""trained in {(time.time() - started) / 60:.1f} min; curves, views, checkpoint: {folder}
-A rising loss is no bad sign, the targets become richer: compare k-NN and rank with the untrained.
-next: python probe.py --ckpt {folder}/last.pt, or python scott.py --data path/to/images""")
+    print(f"finished {config.epochs} epochs; next: python probe.py --ckpt {folder}/last.pt")
     return folder
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -882,12 +819,10 @@ def write_file(path, content):
 
 def load_checkpoint(path):
     """The dict of a checkpoint; code in it is not run. Raises UserError for any other file."""
-    if not zipfile.is_zipfile(path):  # torch.save writes a zip archive
-        raise UserError(f"{path}: no such file, cut short, or no checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError):
-        raise UserError(f"{path}: damaged, or with code in it, which is never run") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        raise UserError(f"{path}: missing, damaged or with code, which is never run") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of scott.py, format {FORMAT}")
     checkpoint["config"] = asdict(Config()) | checkpoint["config"]  # flags that are newer than it
@@ -896,22 +831,10 @@ def load_checkpoint(path):
 def load_encoder(path, device="cpu", which=None):
     """The frozen `ViT`, in eval mode, of a checkpoint; which: None = as its run was configured."""
     checkpoint = load_checkpoint(path)
-    weights, prefix = checkpoint["objective"], (which or checkpoint["config"]["which"]) + "."
-    encoder = encoder_of(checkpoint["config"])
+    prefix = f"{which or checkpoint['config']['which']}."
+    encoder, weights = encoder_of(checkpoint["config"]), checkpoint["objective"]
     encoder.load_state_dict({name: weights[prefix + name] for name in encoder.state_dict()})
     return encoder.eval().requires_grad_(False).to(device)
-
-def run_folder(config):
-    """Where the run to go on with is; for a new one a folder that does not exist yet."""
-    if config.resume:
-        return Path(config.resume).parent
-    name = f"{Path(config.data).resolve().name}-{config.model.replace('/', '-')}"
-    out, number = config.out or f"runs/{name}", 1
-    if os.path.isfile(out):
-        raise UserError(f"--out {out}: is a file, not a folder")
-    while os.path.exists(folder := f"{out}-{number}" if number > 1 else out):
-        number += 1
-    return Path(folder)
 
 def noting_signals(batches, noted):
     """The batches; meanwhile SIGNALS do not end the program, but are added to the list `noted`."""
@@ -927,7 +850,7 @@ DEMO = {"model": "scott-tiny/16", "img_size": 64, "crop_scale": 0.5, "dropout": 
         "attention_dropout": 0.0, "drop_path": 0.0, "predictor_depth": 2, "which": "student",
         "epochs": 30, "batch_size": 32}
 FREE = ("out", "root", "device", "workers", "cache_gib", "grad_accum_steps", "which", "knn_every",
-        "save_minutes", "max_minutes", "resume")  # settings that may change when a run goes on
+        "save_minutes", "max_minutes", "resume")  # may change when a run goes on
 
 def parse_config(argv=None, cls=Config):
     """Command line -> `cls`, a dataclass: its defaults, the demo's preset, then the flags that were
@@ -947,20 +870,20 @@ def parse_config(argv=None, cls=Config):
         elif isinstance(item.default, tuple):
             how["nargs"] = "+"
         default = "" if item.default in (None, ()) else f" (default: {item.default})"
-        flag = "--" + item.name.replace("_", "-")
-        parser.add_argument(flag, help=helps[item.name] + default, **how)
+        how["help"] = helps[item.name] + default
+        parser.add_argument(f"--{item.name.replace('_', '-')}", **how)
     given = vars(parser.parse_args(argv))
     if "resume" not in given:
         is_demo = issubclass(cls, Config) and given.get("data", cls.data) == "demo"
         return cls(**DEMO | given if is_demo else given)
     saved = load_checkpoint(given["resume"])["config"]
-    for name, value in given.items():
-        longer = name == "epochs" and value > saved[name]
-        if name not in FREE and not longer and value != saved.get(name):
-            raise UserError(f"{given['resume']}: a run with --{name.replace('_', '-')} "
-                            f"{saved.get(name)}, not {value}; leave it out, or start a new run")
-    names = {item.name for item in fields(cls)} - {"max_minutes"}
-    return cls(**{name: saved[name] for name in names if name in saved} | given)
+    other = [f"--{name.replace('_', '-')} {saved.get(name)}" for name, value in given.items()
+             if name not in FREE and value != saved.get(name)
+             and not (name == "epochs" and value > saved[name])]  # longer is fine
+    if other:
+        raise UserError(f"{given['resume']}: its run has {', '.join(other)}; start a new one")
+    names = saved.keys() & helps.keys() - {"max_minutes"}
+    return cls(**{name: saved[name] for name in names} | given)
 
 def check_ranges(config):
     """Raises UserError for a negative number, a share above 1, or none of what has to be some."""
@@ -982,36 +905,29 @@ def resolve(config):
     if not 0 < int(config.mask_ratio * patches) < patches:
         raise UserError(f"--mask-ratio {config.mask_ratio}: hides none or all of {patches} patches")
     if config.batch_size % shares:
-        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of {shares}, "
-                        "processes times --grad-accum-steps")
-    device, linux = config.device, sys.platform == "linux"
-    if device == "auto":
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if torch.cuda.is_available() else device
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU each
+        raise UserError(f"--batch-size {config.batch_size}: no multiple of {shares}, its parts")
+    linux, gpu = sys.platform == "linux", f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's
+    auto = gpu if torch.cuda.is_available() else "cpu"
+    device = {"auto": auto, "cuda": gpu}.get(config.device, config.device)
     try:
         torch.ones(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if device.startswith("cuda"):
+    if "cuda" in device:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # AVX512-BF16, AMX, ARM
         bf16 = linux and "bf16" in Path("/proc/cpuinfo").read_text()
-    settled = {
-        "device": device, "amp": "bf16" if bf16 else "fp32",
-        "workers": 0 if not linux else 1 if device == "cpu" else min(16, os.cpu_count()),
-        "knn_every": max(1, config.epochs // 10),
-        "warmup_epochs": min(40, config.epochs * 40 / 300),
-    }
+    settled = {"amp": "bf16" if bf16 else "fp32", "knn_every": max(1, config.epochs // 10),
+               "workers": 0 if not linux else 1 if device == "cpu" else min(16, os.cpu_count()),
+               "warmup_epochs": min(40, config.epochs * 40 / 300)}
     given = {name: value for name, value in asdict(config).items() if value not in (None, "auto")}
     return replace(config, **settled | given | {"device": device})
 
 def main(argv=None, run=train, cls=Config):
     """The command line of a program, `run(cls)`; returns the exit code."""
     if sys.platform == "linux":  # keep freed memory: fresh pages are a fifth of a CPU's step
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     try:
         run(parse_config(argv, cls))
     except UserError as error:

@@ -364,7 +364,7 @@ def test_a_folder_with_splits_and_labels(tmp_path):
     assert list(images.classes) == ["rose", "tulip"]
     assert sorted(images.labels) == [-1, -1, 0, 0, 0, 0, 1, 1, 1]
     assert len(images.select("all")) == 9 and len(images.select("train")) == 7
-    assert len(images.select("trainval")) == len(images.select("train+val")) == 9
+    assert len(images.select("trainval")) == 9
     train, test = scott.evaluation_split(images)
     assert len(train) == 5 and len(test) == 2
     assert all("/val/" in images.paths[i] for i in test)
@@ -402,19 +402,6 @@ def test_flowers102_has_its_official_splits():
     assert (len(train), len(test)) == (2040, 6149)
     assert images.load(0).shape[0] == 3
 
-def test_pets37_is_read_as_it_is_published(tmp_path):
-    place = tmp_path / "oxford-iiit-pet"
-    save_images(place / "images", 3)
-    (place / "annotations").mkdir()
-    for i in range(3):
-        (place / f"images/image{i}.png").rename(place / f"images/Some_Dog_{i}.jpg")
-    (place / "annotations/trainval.txt").write_text("Some_Dog_0 1 2 1\nSome_Dog_2 2 2 2\n")
-    (place / "annotations/test.txt").write_text("Some_Dog_1 2 2 2\n")
-    images = scott.open_data(scott.Config(data="pets37", root=str(tmp_path)))
-    assert [Path(path).stem[-1] for path in images.paths] == ["0", "2", "1"]
-    assert list(images.labels) == [0, 1, 1] and list(images.select("test")) == [2]
-    assert len(images.select("trainval")) == 2 and images.load(2).shape[0] == 3
-
 def save_odd_images(folder):
     """Readable images of unusual kinds: {name: colour of the upper left corner}."""
     folder.mkdir(parents=True)
@@ -432,12 +419,10 @@ def save_odd_images(folder):
     best = {"quality": 100, "subsampling": 0}
     save("turned.jpg", red, half, exif=exif, **best)
     save("cmyk.jpg", red, half.convert("CMYK"), **best)
-    clear, palette = half.convert("RGBA"), half.quantize(4)
+    clear = half.convert("RGBA")
     clear.putalpha(0)
-    save("transparent.png", white, clear)
-    save("gray-alpha.png", white, clear.convert("LA"))
-    save("palette.png", red, palette)
-    save("palette-clear.png", white, palette, transparency=palette.getpixel((0, 0)))
+    save("transparent.png", red, clear)  # what is below shows
+    save("palette.png", red, half.quantize(4))
     save("sixteen.png", white, Image.fromarray(np.full((30, 40), 65535, np.uint16)))
     save("sixteen-half.tif", gray, Image.fromarray(np.full((30, 40), 32896, np.uint16)))
     save("more-than-sixteen.tif", white, Image.fromarray(np.full((30, 40), 70000, np.int32)))
@@ -517,6 +502,9 @@ def rows_of(folder):
 
 def train_here(*flags, method=None):
     """Train on the loose images in this process: (state of the objective, rows)."""
+    if "--out" not in flags and "--resume" not in flags:
+        runs = len(list(Path("runs").glob("*")))
+        flags = (*flags, "--out", f"runs/{runs}")
     folder = scott.train(scott.parse_config([*LOOSE, *flags]), method)
     return scott.load_checkpoint(folder / "last.pt")["objective"], rows_of(folder)
 
@@ -550,7 +538,6 @@ def test_a_copy_of_scott_alone_runs_its_own_code_and_leaves_all_of_a_run(run):
     assert (folder / "source.py").read_text() == own.read_text()
     config = json.loads((folder / "config.json").read_text())
     assert config["epochs"] == 2 and config["device"] != "auto"
-    assert config["torch"] == torch.__version__
     rows = rows_of(folder)
     assert [row["epoch"] for row in rows] == ["0", "1", "2"] and rows[0]["loss"] == ""
     assert all(100 < float(row["loss"]) < 110 for row in rows[1:])  # its own code's
@@ -593,8 +580,13 @@ def test_the_same_seed_gives_the_same_run_whatever_the_workers(place):
     assert_equal(one, two)
     assert not all(torch.equal(one[name], other[name]) for name in one)
     assert rows == again and rows[-1]["knn_top1"] == ""
-    names = sorted(path.name for path in Path("runs").iterdir())  # none overwrote another
-    assert names == ["loose-scott-tiny-16", "loose-scott-tiny-16-2", "loose-scott-tiny-16-3"]
+
+def test_a_run_is_never_written_over_another(place, capsys):
+    train_here("--out", "runs/first")
+    before = Path("runs/first/last.pt").stat()
+    assert scott.main([*LOOSE, "--out", "runs/first"]) == 2
+    assert "--resume runs/first/last.pt" in capsys.readouterr().err
+    assert Path("runs/first/last.pt").stat() == before
 
 @pytest.mark.parametrize("kind", ["inverse", "random"])
 def test_other_masks_models_and_views_train(place, kind):
@@ -756,8 +748,8 @@ def test_resume_takes_more_epochs_and_refuses_other_settings(run, tmp_path, monk
     monkeypatch.chdir(run[0].parent.parent)
     checkpoint = str(folder / "last.pt")
     before = final_state(folder)
-    for flags, says in (("--mask random", "--mask blockwise, not random"),
-                        ("--lr 0.001", "--lr 0.0005, not 0.001"), ("--epochs 1", "2, not 1")):
+    for flags, says in (("--mask random", "--mask blockwise"), ("--lr 0.001", "--lr 0.0005"),
+                        ("--epochs 1", "--epochs 2")):
         assert scott.main(["--resume", checkpoint, *flags.split()]) == 2
         printed = capsys.readouterr().err
         assert says in printed and printed.count("\n") == 1
@@ -858,7 +850,7 @@ def test_parts_must_be_equal_and_memory_that_runs_out_is_told(place, monkeypatch
     for processes in (2, 1):
         monkeypatch.setattr(scott, "PROCESSES", processes)
         assert scott.main([*LOOSE, "--grad-accum-steps", "3"]) == 2
-        assert f"8: must be a multiple of {3 * processes}, " in capsys.readouterr().err
+        assert f"8: no multiple of {3 * processes}, " in capsys.readouterr().err
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -875,7 +867,7 @@ def test_two_processes_train_as_one(place):
     command += ["--grad-accum-steps", "2"]  # of a process: two parts of two images
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("trained in") == 1  # only one of the two speaks
+    assert result.stdout.count("finished 8 epochs") == 1  # only one of the two speaks
     assert_as_one("one", "two", within=0.01)
 
 @pytest.mark.slow
@@ -1166,7 +1158,7 @@ def assert_one_line_and_code_2(main, flags, says, capsys):
     assert code == 2 and says in printed and printed.count("\n") == 1, printed
     assert {path for path in Path().rglob("*") if path.is_file()} == before
 
-NO_CHECKPOINT = "no such file, cut short, or no checkpoint"
+NO_CHECKPOINT = "missing, damaged or with code"
 
 @pytest.mark.parametrize("flags, says", [
     ("--img-size 100", "multiple of the patch size"),
@@ -1183,7 +1175,7 @@ NO_CHECKPOINT = "no such file, cut short, or no checkpoint"
     ("--split valid", "has all, test, train"),
     ("--batch-size 100000", "choose a smaller --batch-size"),
     ("--device cuda:7", "--device"),
-    ("--out text.pt", "--out text.pt: is a file"),
+    ("--out text.pt", "text.pt exists"),
     ("--out text.pt/run", "cannot write text.pt/run/config.json"),
     ("--resume text.pt", f"text.pt: {NO_CHECKPOINT}"),
     ("--resume older.pt", "older.pt: not a checkpoint of this version"),
@@ -1203,7 +1195,7 @@ def test_mistakes_are_one_line_and_exit_code_2(wrong, monkeypatch, capsys, flags
     ("--ckpt loose", f"loose: {NO_CHECKPOINT}"),
     ("--ckpt cut.pt", f"cut.pt: {NO_CHECKPOINT}"),
     ("--ckpt foreign.pt", "foreign.pt: not a checkpoint of this version"),
-    ("--ckpt code.pt", "code.pt: damaged, or with code in it"),
+    ("--ckpt code.pt", f"code.pt: {NO_CHECKPOINT}"),
     ("--ckpt good.pt --data loose", "at least two classes"),
     ("--ckpt good.pt --data damaged", "cannot be read"),
     ("--ckpt good.pt --data sound --out bad", "bad/probe.json"),

@@ -26,6 +26,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -819,10 +820,12 @@ def write_file(path, content):
 
 def load_checkpoint(path):
     """The dict of a checkpoint; code in it is not run. Raises UserError for any other file."""
+    if not zipfile.is_zipfile(path):  # torch.save writes a zip archive
+        raise UserError(f"{path}: no such file, cut short, or no checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{path}: missing, damaged or with code, which is never run") from None
+    except (RuntimeError, pickle.UnpicklingError):
+        raise UserError(f"{path}: damaged, or with code in it, which is never run") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of scott.py, format {FORMAT}")
     checkpoint["config"] = asdict(Config()) | checkpoint["config"]  # flags that are newer than it

@@ -1158,7 +1158,7 @@ def assert_one_line_and_code_2(main, flags, says, capsys):
     assert code == 2 and says in printed and printed.count("\n") == 1, printed
     assert {path for path in Path().rglob("*") if path.is_file()} == before
 
-NO_CHECKPOINT = "missing, damaged or with code"
+NO_CHECKPOINT = "no such file, cut short, or no checkpoint"
 
 @pytest.mark.parametrize("flags, says", [
     ("--img-size 100", "multiple of the patch size"),
@@ -1195,7 +1195,7 @@ def test_mistakes_are_one_line_and_exit_code_2(wrong, monkeypatch, capsys, flags
     ("--ckpt loose", f"loose: {NO_CHECKPOINT}"),
     ("--ckpt cut.pt", f"cut.pt: {NO_CHECKPOINT}"),
     ("--ckpt foreign.pt", "foreign.pt: not a checkpoint of this version"),
-    ("--ckpt code.pt", f"code.pt: {NO_CHECKPOINT}"),
+    ("--ckpt code.pt", "code.pt: damaged, or with code in it"),
     ("--ckpt good.pt --data loose", "at least two classes"),
     ("--ckpt good.pt --data damaged", "cannot be read"),
     ("--ckpt good.pt --data sound --out bad", "bad/probe.json"),

@@ -378,7 +378,7 @@ class ImageSet:
         self.config, self.classes, self.decoded = config, [*classes], decoded or {}
         self.paths, self.labels, self.splits = map(np.array, ([*paths], labels, splits))
         size, scale, bicubic = config.img_size, config.crop_scale, T.InterpolationMode.BICUBIC
-        self.side = math.ceil(size * max(256 / 224, scale**-0.5))  # larger images are shrunk to it
+        self.side = math.ceil(size * max(256 / 224, max(scale, 0.01) ** -0.5))  # shrunk to it
         self.centre = T.Compose([T.Resize(round(size * 256 / 224), bicubic), T.CenterCrop(size)])
         self.crop = T.Compose([T.RandomResizedCrop(size, (scale, 1), interpolation=bicubic),
                                T.RandomHorizontalFlip(config.flip_prob)])
@@ -612,6 +612,7 @@ def monitor(name, encoder, images, untrained=None):
     return row
 
 def write_metrics(path, rows):
+    """metrics.csv: a line an epoch; what a row (dict) has not is blank."""
     columns = "epoch,step,loss,lr,weight_decay,ema,images_per_s,feature_std,effective_rank,knn_top1"
     lines = [",".join(str(row.get(name, "")) for name in columns.split(",")) for row in rows]
     write_file(path, "\n".join([columns, *lines, ""]))

@@ -476,20 +476,35 @@ def image_folder(config):
     return ImageSet(config, paths, labels[1:] - 1, splits, classes[1:].tolist())
 
 def draw_flowers(config, count=3072, size=128):
-    """The demo: flowers, in 8 classes of 3 to 6 round or pointed petals; the last third is test."""
-    rng, axis, decoded = np.random.default_rng(0), np.linspace(-1, 1, size), {}
-    for i in range(count):
-        x, y = axis - rng.uniform(-0.25, 0.25), axis[:, None] - rng.uniform(-0.25, 0.25)
-        radius = np.hypot(x, y) / rng.uniform(0.6, 0.9)
-        turns = np.arctan2(y, x) / math.pi + rng.uniform(0, 2)
-        across = abs(turns * (3 + i % 8 // 2) % 2 - 1)  # 0: in a petal, 1: between two
-        edge = 1 - 0.75 * across ** (1 if i % 2 else 4)
-        ground, petal, disk = rng.uniform(0, 255, (3, 3, 1, 1))
-        flower = np.where(radius < 0.24, disk, petal * (0.9 - 0.3 * across))
-        picture = np.where(radius < edge, flower, ground) + rng.normal(0, 20, (3, size, size))
-        decoded[f"demo {i}"] = torch.from_numpy(picture.clip(0, 255).astype("uint8"))
-    splits = np.where(np.arange(count) < count * 2 / 3, "train", "test")
-    return ImageSet(config, decoded, np.arange(count) % 8, splits, range(8), decoded)
+    """The demo: flowers of 3 to 6 petals, round or pointed (8 classes); the last third is test."""
+    generator, axis = torch.Generator().manual_seed(0), torch.linspace(-1, 1, size)
+    labels, images = torch.arange(count) % 8, []
+    sector = torch.tensor([5.0, 3, 1]).view(3, 1, 1)  # of the hue, of red, green and blue
+    yellow = torch.tensor([0.85, 0.65, 0.1]).view(3, 1, 1)
+    def uniform(low, high, cells=1):
+        return low + (high - low) * torch.rand(len(kind), 1, cells, cells, generator=generator)
+    def texture(cells):
+        return F.interpolate(uniform(-1, 1, cells), (size, size), mode="bicubic")
+    for kind in labels.view(-1, 1, 1, 1).split(256):
+        x = axis - uniform(-0.25, 0.25)
+        y = axis[:, None] - uniform(-0.25, 0.25)
+        radius = torch.hypot(x, y) / uniform(0.6, 0.9)
+        turns = torch.atan2(y, x) / math.pi + uniform(0, 2)
+        across = (turns * (3 + kind // 2) % 2 - 1).abs()  # 0: in a petal, 1: between two
+        edge = 1 - 0.75 * torch.where(kind % 2 == 1, across, across**4)
+        hue = (sector + uniform(0, 6).floor() + uniform(-0.2, 0.2)) % 6
+        petal = 1 - 0.75 * torch.minimum(hue, 4 - hue).clamp(0, 1)
+        shade = 0.9 - 0.25 * across - 0.25 * radius
+        petal = petal * (shade + 0.05 * texture(24))
+        light = uniform(0.3, 0.54) + 0.1 * texture(5) + 0.1 * texture(20)
+        green = torch.cat([uniform(0.5, 0.9), uniform(0.9, 1.2), uniform(0.3, 0.6)], 1)
+        disk = yellow * (0.9 + 0.3 * texture(40))
+        picture = torch.where(radius < edge, petal, light * green)
+        picture = torch.where(radius < 0.24, disk, picture)
+        images += (picture.clamp(0, 1) * 255).byte()
+    decoded = {f"demo {i}": image for i, image in enumerate(images)}
+    splits = ["train" if i < count * 2 / 3 else "test" for i in range(count)]
+    return ImageSet(config, decoded, labels.numpy(), splits, range(8), decoded)
 
 def make_loader(images, batches):
     """A DataLoader; batches: lists of keys. Its processes share the decoded images, not Ctrl-C."""
@@ -507,18 +522,21 @@ def adjust_hue(images, shift):
     value, brightest = images.max(1, True)
     chroma = value - images.amin(1, True)
     n = 5 - 2 * torch.arange(3, device=images.device).view(3, 1, 1)  # 5, 3, 1; a copy would wait
-    hues = 5 - n + (images.roll(-1, 1) - images.roll(-2, 1)) * (1 / chroma.clamp_min(1e-8))
+    differences = images.roll(-1, 1) - images.roll(-2, 1)
+    hues = 5 - n + differences * (1 / chroma.clamp_min(1e-8))
     k = (n + hues.gather(1, brightest) + 6 * shift) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 def gaussian_blur(images, sigma):
     """The kernel is 9 pixels wide at 224 px, in proportion (odd, at least 3) elsewhere."""
-    groups, radius = 3 * len(images), max(1, round((images.shape[-1] * 9 / 224 - 1) / 2))
+    groups = 3 * len(images)
+    radius = max(1, round((images.shape[-1] * 9 / 224 - 1) / 2))
     offset = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
     kernel = (kernel / kernel.sum(-1, True)).repeat_interleave(3, 0)  # (3B, 1, 1, K)
     x = F.pad(images, [radius] * 4, "reflect").flatten(0, 1)[None]
-    return F.conv2d(F.conv2d(x, kernel, groups=groups), kernel.mT, groups=groups).view_as(images)
+    x = F.conv2d(x, kernel, groups=groups)
+    return F.conv2d(x, kernel.mT, groups=groups).view_as(images)
 
 # To change the views: edit this table; x: (B, 3, H, W) in [0, 1], s: strengths (B, 1, 1, 1).
 COLORS = (  # name, operation, probability, lowest and highest strength
@@ -554,7 +572,8 @@ def normalise(images):
 
 def make_views(crops, draws, kind="different", probability=0.6, rng=None):
     """uint8 crops (B, 3, S, S), draws (B, 2, 10) on the CPU -> normalised views a and b."""
-    count, crops = ("none", "same", "different").index(kind), crops.float() / 255
+    crops = crops.float() / 255
+    count = ("none", "same", "different").index(kind)
     views = [color_pipeline(crops, draws[:, i], probability, rng) for i in range(count)] or [crops]
     return normalise(views[0]), normalise(views[-1])
 

@@ -769,6 +769,7 @@ def test_resume_takes_more_epochs_and_refuses_other_settings(run, tmp_path, monk
     assert float(rows_of(folder)[-1]["lr"]) == 1e-5
 
 def test_a_stop_before_the_first_step_says_that_nothing_is_saved(place, monkeypatch, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     monkeypatch.setattr(scott, "monitor", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert scott.main(RESUMED) == 130
     assert "nothing to save" in capsys.readouterr().err

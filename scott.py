@@ -69,7 +69,7 @@ class Config:
     predictor_depth: int = 3  # blocks of the predictor
     renormalise: bool = True  # divide by the visible share of each kernel
     residual_norm: bool = False  # LayerNorm on the residual stream, as the released code
-    mask: Literal["blockwise", "inverse", "random"] = "blockwise"  # how patches are hidden
+    mask: Literal["blockwise", "hidden-blocks", "random"] = "blockwise"  # blocks: visible, hidden
     mask_ratio: float = 0.6  # share of the patches hidden from the student
     epochs: int = 300  # passes over the data
     batch_size: int = 128  # images a step
@@ -103,27 +103,29 @@ class Config:
         return lr, decay, linear(step, total, self.ema_start, self.ema_end)
 
 # ---- Masks: True = hidden from the student, exactly int(ratio * Gh * Gw) patches (sec. 3.2) ----
-def blockwise_mask(grid, ratio=0.6, generator=None, inverse=False):
-    """Hidden (inverse: visible, as the released code) patches in BEiT's blocks: (Gh, Gw) bool."""
+def blockwise_mask(grid, ratio=0.6, generator=None, hidden_blocks=False):
+    """A union of BEiT's blocks is visible, as in Figure 2 and the released code, or, with
+    `hidden_blocks`, hidden, which is how the text reads: (Gh, Gw) bool."""
     height, width = grid
     smallest = max(1, round(16 * height * width / 196))
     hidden = int(ratio * height * width)
-    count = height * width - hidden if inverse else hidden
-    mask = torch.zeros(grid, dtype=torch.bool)
-    while left := count - int(mask.sum()):
+    count = hidden if hidden_blocks else height * width - hidden
+    blocks = torch.zeros(grid, dtype=torch.bool)
+    while left := count - int(blocks.sum()):
         for size, shape, down, right in torch.rand(10, 4, generator=generator).tolist():
             area = smallest + size * (left - smallest)
             aspect = 0.3 ** (2 * shape - 1)  # log-uniform in [0.3, 1 / 0.3]
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             y, x = int(down * (height - h + 1)), int(right * (width - w + 1))
-            block = mask[y : y + h, x : x + w]
-            if h <= height and w <= width and 0 < int((~block).sum()) <= left:
+            block = blocks[y : y + h, x : x + w]
+            if h < height and w < width and 0 < int((~block).sum()) <= left:
                 block.fill_(True)
                 break
         else:  # ten tries in vain: single patches fill up to the exact count
-            free = (~mask).flatten().nonzero().squeeze(1)
-            mask.view(-1)[free[torch.randperm(len(free), generator=generator)[:left]]] = True
-    return ~mask if inverse else mask
+            free = (~blocks).flatten().nonzero().squeeze(1)
+            order = torch.randperm(len(free), generator=generator)
+            blocks.view(-1)[free[order[:left]]] = True
+    return blocks if hidden_blocks else ~blocks
 
 def random_mask(grid, ratio=0.6, generator=None):
     """Hidden patches anywhere: (Gh, Gw) bool."""
@@ -131,8 +133,8 @@ def random_mask(grid, ratio=0.6, generator=None):
     return order < int(ratio * grid[0] * grid[1])
 
 # To change how patches are hidden: add a function of (grid, ratio) here, and its name to --mask.
-MASKS = {"blockwise": blockwise_mask, "inverse": partial(blockwise_mask, inverse=True),
-         "random": random_mask}
+MASKS = {"blockwise": blockwise_mask, "random": random_mask,
+         "hidden-blocks": partial(blockwise_mask, hidden_blocks=True)}
 
 # ---- Tokenizers: sparse (Table 3), or plain (sec. 3.1) -----------------------------------------
 def grid_of(images):
@@ -818,7 +820,7 @@ def train(config, method=None):
     return folder
 
 # ---- Files -------------------------------------------------------------------------------------
-FORMAT = 3  # of last.pt; to be raised when its keys change
+FORMAT = 4  # of last.pt; to be raised when its keys, or their meaning, change
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def write_file(path, content):
@@ -847,7 +849,8 @@ def load_checkpoint(path):
     except (RuntimeError, pickle.UnpicklingError):
         raise UserError(f"{path}: damaged, or with code in it, which is never run") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this version of scott.py, format {FORMAT}")
+        raise UserError(f"{path}: not a checkpoint of this scott.py (format {FORMAT}); an older "
+                        "run goes on with the source.py beside it")
     checkpoint["config"] = asdict(Config()) | checkpoint["config"]  # flags that are newer than it
     return checkpoint
 

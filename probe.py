@@ -68,6 +68,14 @@ class ProbeConfig:
     pca: tuple[str, ...] = ()  # OUT.png [IMAGE ...]: draw the tokens' components instead
     export: tuple[str, ...] = ()  # OUT.npz [FOLDER]: write mean-pooled features instead
 
+def load_encoder(path, device="cpu", which=None):
+    """The frozen `scott.ViT`, in eval mode, of a checkpoint; which: None = as its run was configured."""
+    checkpoint = scott.load_checkpoint(path)
+    prefix = f"{which or checkpoint['config']['which']}."
+    encoder, weights = scott.encoder_of(checkpoint["config"]), checkpoint["objective"]
+    encoder.load_state_dict({name: weights[prefix + name] for name in encoder.state_dict()})
+    return encoder.eval().requires_grad_(False).to(device)
+
 def open_encoder(options):
     """(frozen encoder in eval mode, `scott.Config`): the run's settings, and what was given."""
     if bool(options.ckpt) == bool(options.random_init):
@@ -85,7 +93,7 @@ def open_encoder(options):
         of_run = {name: value for name, value in checkpoint["config"].items() if name in names}
         own = {"workers": None, "grad_accum_steps": 1}
         config = scott.resolve(scott.Config(**of_run | own | given))
-        encoder = scott.load_encoder(options.ckpt, which=config.which)
+        encoder = load_encoder(options.ckpt, which=config.which)
     return encoder.to(config.device, memory_format=torch.channels_last), config
 
 # ---- Inputs: images, and tokens that are computed once -----------------------------------------
@@ -96,17 +104,11 @@ def view_batches(images, indices, copy, order):
     config = images.config
     keys = [int(i) if copy == 0 else (copy, int(i)) for i in indices]
     batches = order.split(config.batch_size)
-    kind = "none" if config.views == "none" else "same"  # one treatment, or none
     loader = scott.make_loader(images, [[keys[row] for row in rows] for rows in batches])
     for rows, batch in zip(batches, loader):
-        crops = batch if copy == 0 else batch[0]
+        crops = batch if copy == 0 else batch[0]  # view a
         crops = crops.to(config.device, non_blocking=True)
-        if copy == 0:
-            views = scott.normalise(crops)
-        else:  # one order of the colours a copy: an image's view does not depend on its batch
-            rng = np.random.default_rng([config.seed, copy])
-            views = scott.make_views(crops, batch[1], kind, config.color_prob, rng)[0]
-        yield views, rows.to(config.device)
+        yield scott.normalise(crops), rows.to(config.device)
 
 class FrozenTokens:
     """The tokens that a frozen encoder makes of some images' copies; float16 in memory, which is

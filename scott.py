@@ -370,20 +370,39 @@ def parameter_groups(parameters, lr_scale=1.0):
     return [{"params": [weight for weight in weights if (weight.ndim > 1) == decayed],
              "decayed": decayed, "lr_scale": lr_scale} for decayed in (True, False)]
 
+# ---- Views (sec. 3.2, App. C) ------------------------------------------------------------------
+BICUBIC = T.InterpolationMode.BICUBIC
+
+def view_transforms(config):
+    """The crop and flip that both views share, and the colours that each draws on its own."""
+    # To change the views: edit these, of torchvision's transforms.
+    width = 2 * max(1, round((config.img_size * 9 / 224 - 1) / 2)) + 1  # of the blur, pixels
+    colors = T.RandomOrder([T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+                            T.RandomApply([T.GaussianBlur(width, (0.1, 2.0))], 0.3),
+                            T.RandomGrayscale(0.1)])
+    crop = T.RandomResizedCrop(config.img_size, (config.crop_scale, 1), interpolation=BICUBIC)
+    crop = T.Compose([crop, T.RandomHorizontalFlip(config.flip_prob)])
+    return crop, T.RandomApply([colors], config.color_prob)
+
+def normalise(images):
+    """uint8, or float in [0, 1] -> float32 standardised by ImageNet's colours, channels last."""
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    colors = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    mean, deviation = colors.to(images.device, non_blocking=True)
+    return ((images - mean) / deviation).contiguous(memory_format=torch.channels_last)
+
 # ---- Data: image sets, decoding, crops (App. C) ------------------------------------------------
 class ImageSet:
     """Images: arrays of paths, labels (-1 = unknown) and splits ("" = none); names of the classes.
-    Item (epoch, index), keyed by both and the seed: a random crop and flip (App. C), uint8
-    (3, S, S); uniform numbers (2, 10) for the colours of its two views; a mask (N,) bool.
-    Item index: the centre crop of the image resized to 256/224 of the size."""
+    Item (epoch, index), keyed by both and the seed: views a and b, uint8 (3, S, S), a mask (N,)
+    bool. Item index: the centre crop of the image resized to 256/224 of the size."""
     def __init__(self, config, paths, labels, splits, classes, decoded=None):
         self.config, self.classes, self.decoded = config, [*classes], decoded or {}
         self.paths, self.labels, self.splits = map(np.array, ([*paths], labels, splits))
-        size, scale, bicubic = config.img_size, config.crop_scale, T.InterpolationMode.BICUBIC
-        self.side = math.ceil(size * max(256 / 224, max(scale, 0.01) ** -0.5))  # shrunk to it
-        self.centre = T.Compose([T.Resize(round(size * 256 / 224), bicubic), T.CenterCrop(size)])
-        self.crop = T.Compose([T.RandomResizedCrop(size, (scale, 1), interpolation=bicubic),
-                               T.RandomHorizontalFlip(config.flip_prob)])
+        size, scale = config.img_size, max(config.crop_scale, 0.01)
+        self.side = math.ceil(size * max(256 / 224, scale**-0.5))  # larger ones are shrunk to it
+        self.centre = T.Compose([T.Resize(round(size * 256 / 224), BICUBIC), T.CenterCrop(size)])
+        self.crop, self.colors = view_transforms(config)
 
     def __getitem__(self, key):
         if not isinstance(key, tuple):
@@ -391,8 +410,11 @@ class ImageSet:
         draw_mask = MASKS.get(self.config.mask, random_mask)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
             torch.default_generator.manual_seed(hash((self.config.seed, *key)))
-            crop, draws = self.crop(self.load(key[1])), torch.rand(2, 10)
-            return crop, draws, draw_mask(grid_of(crop), self.config.mask_ratio).flatten()
+            crop = self.crop(self.load(key[1]))
+            mask = draw_mask(grid_of(crop), self.config.mask_ratio).flatten()
+            view_a = crop if self.config.views == "none" else self.colors(crop)
+            view_b = self.colors(crop) if self.config.views == "different" else view_a
+            return view_a, view_b, mask
 
     def load(self, index):
         """Image `index`, uint8 (3, H, W), not to be written to. Raises UserError if unreadable."""
@@ -420,6 +442,7 @@ class ImageSet:
                 return self.load(index)
             except UserError as error:
                 print(f"left out: {error}")
+
         used, readable = 0, []
         with ThreadPoolExecutor() as pool:
             for path, image in zip(self.paths, pool.map(try_load, range(len(self.paths)))):
@@ -439,11 +462,10 @@ class ImageSet:
 
     def select(self, split):
         """Indices of a split, "all" or "trainval". Raises UserError for unknown names."""
-        known = {*self.splits}
-        wanted = {"all": known, "trainval": {"train", "val"}}.get(split, {split})
-        if not wanted <= known:
-            raise UserError(f"--split {split}: it has {', '.join(sorted({'all', *known} - {''}))}")
-        return np.flatnonzero([name in wanted for name in self.splits])
+        wanted = {"all": np.unique(self.splits), "trainval": ["train", "val"]}.get(split, [split])
+        if not np.isin(wanted, self.splits).all():
+            raise UserError(f"--split {split}: it has all, {', '.join(np.unique(self.splits))}")
+        return np.flatnonzero(np.isin(self.splits, wanted))
 
 def open_data(config):
     """The `ImageSet` that `--data` and `--root` name. Raises UserError if there is none."""
@@ -515,70 +537,6 @@ def make_loader(images, batches):
                       multiprocessing_context="fork" if config.workers else None,
                       worker_init_fn=lambda _: os.setsid(), pin_memory="cuda" in config.device)
 
-# ---- Views: colour pipelines in batches (sec. 3.2, App. C) -------------------------------------
-def gray(images):
-    return T.functional.rgb_to_grayscale(images, 3)
-
-def adjust_hue(images, shift):
-    """HSV and back: channel n = 5, 3, 1 is V - C min(k, 4 - k, 1) with k = n + 6 H mod 6."""
-    value, brightest = images.max(1, True)
-    chroma = value - images.amin(1, True)
-    n = 5 - 2 * torch.arange(3, device=images.device).view(3, 1, 1)  # 5, 3, 1; a copy would wait
-    differences = images.roll(-1, 1) - images.roll(-2, 1)
-    hues = 5 - n + differences * (1 / chroma.clamp_min(1e-8))
-    k = (n + hues.gather(1, brightest) + 6 * shift) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-
-def gaussian_blur(images, sigma):
-    """The kernel is 9 pixels wide at 224 px, in proportion (odd, at least 3) elsewhere."""
-    groups = 3 * len(images)
-    radius = max(1, round((images.shape[-1] * 9 / 224 - 1) / 2))
-    offset = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
-    kernel = (kernel / kernel.sum(-1, True)).repeat_interleave(3, 0)  # (3B, 1, 1, K)
-    x = F.pad(images, [radius] * 4, "reflect").flatten(0, 1)[None]
-    x = F.conv2d(x, kernel, groups=groups)
-    return F.conv2d(x, kernel.mT, groups=groups).view_as(images)
-
-# To change the views: edit this table; x: (B, 3, H, W) in [0, 1], s: strengths (B, 1, 1, 1).
-COLORS = (  # name, operation, probability, lowest and highest strength
-    ("brightness", lambda x, s: (s * x).clamp(0, 1), 0.8, 0.6, 1.4),
-    ("contrast", lambda x, s: gray(x).mean((1, 2, 3), True).lerp(x, s).clamp(0, 1), 0.8, 0.6, 1.4),
-    ("saturation", lambda x, s: gray(x).lerp(x, s).clamp(0, 1), 0.8, 0.8, 1.2),
-    ("hue", adjust_hue, 0.8, -0.1, 0.1),
-    ("blur", gaussian_blur, 0.3, 0.1, 2.0),
-    ("grayscale", lambda x, s: gray(x), 0.1, 0.0, 1.0))
-
-def color_pipeline(images, draws, probability, rng):
-    """Jitter (all four or none), blur and grayscale in random order (App. C). images (B, 3, H, W)
-    in [0, 1]; draws: an image's own uniform numbers, (B, 10), on the CPU; rng: numpy Generator for
-    the order, one a batch. An operation touches only the images that drew it."""
-    images, groups = images.clone(), [rng.permutation(4), [4], [5]]  # of four, all or none
-    for group in rng.permutation(3):
-        for number in groups[group]:
-            _, operation, chance, *limits = COLORS[number]
-            rows = (draws[:, 0] < probability) & (draws[:, 1 + group] < chance)
-            if rows.any():
-                rows, (low, high) = rows.nonzero().squeeze(1), torch.tensor(limits)
-                strength = (low + (high - low) * draws[rows, 4 + number]).view(-1, 1, 1, 1)
-                rows, strength = (x.to(images.device, non_blocking=True) for x in (rows, strength))
-                images[rows] = operation(images[rows], strength)
-    return images
-
-def normalise(images):
-    """uint8, or float in [0, 1] -> float32 standardised by ImageNet's colours, channels last."""
-    images = images.float() / 255 if images.dtype == torch.uint8 else images
-    colors = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-    mean, deviation = colors.to(images.device, non_blocking=True)
-    return ((images - mean) / deviation).contiguous(memory_format=torch.channels_last)
-
-def make_views(crops, draws, kind="different", probability=0.6, rng=None):
-    """uint8 crops (B, 3, S, S), draws (B, 2, 10) on the CPU -> normalised views a and b."""
-    crops = crops.float() / 255
-    count = ("none", "same", "different").index(kind)
-    views = [color_pipeline(crops, draws[:, i], probability, rng) for i in range(count)] or [crops]
-    return normalise(views[0]), normalise(views[-1])
-
 # ---- Monitors: is it learning, is it collapsing? -----------------------------------------------
 def evaluation_split(images):
     """(train, test) indices of labelled images; None with fewer than two classes.
@@ -621,15 +579,13 @@ def monitor(name, encoder, images, untrained=None):
     features = encode(encoder, images, [*train, *test])
     sample = features[:: max(1, len(features) // 2048)][:2048]
     row = {"effective_rank": effective_rank(sample), "feature_std": sample.std(0).mean().item()}
-    text = f"rank {row['effective_rank']:.1f}, deviation {row['feature_std']:.3f}"
     if untrained and any(row[key] < 0.4 * untrained[key] for key in row):
         print("warning: the features collapse; try a lower --lr, or an --ema-start closer to 1")
     if split:
         labels, features = torch.tensor(images.labels), features.split([len(train), len(test)])
         votes = knn_scores(features[0], labels[train], features[1], len(images.classes))
         row["knn_top1"] = 100 * (votes.argmax(1) == labels[test]).float().mean().item()
-        text = f"k-NN {row['knn_top1']:.1f} %, {text}"
-    print(f"{name}: {text}", flush=True)
+    print(f"{name}:", ", ".join(f"{key} {row[key]:.3g}" for key in row), flush=True)
     return row
 
 def write_metrics(path, rows):
@@ -642,8 +598,8 @@ def draw_views(path, view_a, view_b, mask):
     """Picture of what the model sees: views a and b (B, 3, S, S), and a without what is hidden."""
     hidden = enlarge(mask.view(-1, 1, *grid_of(view_a)), view_a)
     pictures = torch.cat([view_a, view_b, view_a.masked_fill(hidden, 0)])
-    grid = utils.make_grid(pictures, nrow=len(mask), normalize=True)
-    write_file(path, partial(utils.save_image, grid, format="png"))
+    options = {"nrow": len(mask), "normalize": True, "format": "png"}
+    write_file(path, partial(utils.save_image, pictures, **options))
 
 # ---- Training ----------------------------------------------------------------------------------
 def autocast(config):
@@ -697,22 +653,21 @@ class Run:
             return [(epoch, i) for i in batch[RANK::PROCESSES]]
         return make_loader(self.images, map(keys, range(start, self.total)))
 
-    def views(self, step, crops, draws, *masks):
-        """Views a and b (B, 3, S, S) of a batch, and its masks, on the device."""
-        config = self.config
+    def views(self, step, view_a, view_b, *masks):
+        """Normalised views (B, 3, S, S) of a loaded batch, and its masks, on the device."""
         if hasattr(self.objective, "draw_masks"):  # of the whole batch: processes change nothing
-            generator = torch.Generator().manual_seed(hash((config.seed, step)))
-            masks = self.objective.draw_masks(config.batch_size, grid_of(crops), generator)
+            generator = torch.Generator().manual_seed(hash((self.config.seed, step)))
+            count, grid = self.config.batch_size, grid_of(view_a)
+            masks = self.objective.draw_masks(count, grid, generator)
             masks = [mask[RANK::PROCESSES] for mask in masks]
-        rng = np.random.default_rng([config.seed, step])
-        crops, *masks = (x.to(config.device, non_blocking=True) for x in (crops, *masks))
-        return *make_views(crops, draws, config.views, config.color_prob, rng), *masks
+        batch = (view_a, view_b, *masks)
+        view_a, view_b, *masks = (x.to(self.config.device, non_blocking=True) for x in batch)
+        return normalise(view_a), normalise(view_b), *masks
 
     def update_student(self, step, views, lr, weight_decay):
         """One step of AdamW; returns the loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-            group["weight_decay"] = weight_decay * group["decayed"]
+            group.update(lr=lr * group["lr_scale"], weight_decay=weight_decay * group["decayed"])
         torch.manual_seed(hash((self.config.seed, step, RANK)))  # of dropout
         loss = backward(self.model, views, self.config)
         self.optimizer.step()
@@ -836,8 +791,6 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's own
-        if os.path.lexists(f"{path}.tmp"):
-            os.remove(f"{path}.tmp")
         raise UserError(f"cannot write {path} (what was there is untouched): {error}") from None
 
 def load_checkpoint(path):
@@ -853,14 +806,6 @@ def load_checkpoint(path):
                         "run goes on with the source.py beside it")
     checkpoint["config"] = asdict(Config()) | checkpoint["config"]  # flags that are newer than it
     return checkpoint
-
-def load_encoder(path, device="cpu", which=None):
-    """The frozen `ViT`, in eval mode, of a checkpoint; which: None = as its run was configured."""
-    checkpoint = load_checkpoint(path)
-    prefix = f"{which or checkpoint['config']['which']}."
-    encoder, weights = encoder_of(checkpoint["config"]), checkpoint["objective"]
-    encoder.load_state_dict({name: weights[prefix + name] for name in encoder.state_dict()})
-    return encoder.eval().requires_grad_(False).to(device)
 
 def noting_signals(batches, noted):
     """The batches; meanwhile SIGNALS do not end the program, but are added to the list `noted`."""

@@ -26,7 +26,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
@@ -310,47 +309,55 @@ def test_warmup_is_40_epochs_and_shorter_in_short_runs():
     for epochs, expected in ((300, 40), (1200, 40), (30, 4)):
         assert scott.resolve(scott.Config(epochs=epochs)).warmup_epochs == pytest.approx(expected)
 
-# ---- Colours -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("number, reference, strengths", [
-    (0, TF.adjust_brightness, [0.6, 1.0, 1.4]),
-    (1, TF.adjust_contrast, [0.6, 1.0, 1.4]),
-    (2, TF.adjust_saturation, [0.8, 1.0, 1.2]),
-    (3, TF.adjust_hue, [-0.1, 0.0, 0.1]),
-    (4, lambda x, s: TF.gaussian_blur(x, [9, 9], [s, s]), [0.1, 0.7, 2.0]),
-    (5, lambda x, _: TF.rgb_to_grayscale(x, 3), [0.0, 0.0, 0.0]),
-])
-def test_batched_colours_equal_torchvision_image_by_image(number, reference, strengths):
-    _, operation, *_ = scott.COLORS[number]
-    images = torch.rand(3, 3, 224, 224)
-    images[0, :, :60] = 0.5  # gray, black and white have no hue
-    images[1, :, :60], images[2, :, :60] = 0, 1
-    out = operation(images, torch.tensor(strengths).view(-1, 1, 1, 1))
-    expected = torch.stack([reference(image, s) for image, s in zip(images, strengths)])
-    assert torch.allclose(out, expected, atol=1e-5)
+# ---- Views -------------------------------------------------------------------------------------
+def views_of(folder, count=1, **settings):
+    """Plain crops, and `count` times the two views of the first image of a folder, as floats."""
+    settings = {"flip_prob": 0.0, "color_prob": 1.0, "img_size": 32} | settings
+    crop = open_folder(folder, **settings | {"views": "none"})[0, 0][0]
+    images = open_folder(folder, **settings)
+    return crop.float(), [[view.float() for view in images[i, 0][:2]] for i in range(count)]
 
-def test_views_kinds():
-    crops = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
-    draws = torch.rand(16, 2, 10)
+def test_views_are_different_the_same_or_plain(tmp_path):
+    save_images(tmp_path, 1)
+    for views, changed, alike in (("none", False, True), ("same", True, True),
+                                  ("different", True, False)):
+        crop, [[view_a, view_b]] = views_of(tmp_path, views=views)
+        assert torch.equal(view_a, crop) != changed, views
+        assert torch.equal(view_a, view_b) == alike, views
+    crop, [[view_a, view_b]] = views_of(tmp_path, views="different", color_prob=0.0)
+    assert torch.equal(view_a, crop) and torch.equal(view_b, crop)
 
-    def views(kind, probability):
-        return scott.make_views(crops, draws, kind, probability, np.random.default_rng(0))
-
-    plain = scott.normalise(crops)
-    assert all(torch.equal(view, plain) for view in views("none", 1.0))
-    assert all(torch.allclose(view, plain) for view in views("different", 0.0))
-    view_a, view_b = views("same", 1.0)
-    assert torch.equal(view_a, view_b) and not torch.allclose(view_a, plain)
-    view_a, view_b = views("different", 1.0)
-    assert not torch.allclose(view_a, view_b)
-
-def test_colour_probabilities():
-    draws = torch.rand(4000, 10)
-    images = torch.rand(1, 3, 4, 4).expand(4000, -1, -1, -1)
-    out = scott.color_pipeline(images, draws, 0.6, np.random.default_rng(0))
-    changed = (out != images).flatten(1).any(1).float().mean()
-    gray = (out.std(1) < 1e-6).flatten(1).all(1).float().mean()
-    assert changed == pytest.approx(0.6 * (1 - 0.2 * 0.9 * 0.7), abs=0.03)
+def test_views_share_crop_flip_and_mask_and_draw_colours_as_often_as_asked(tmp_path):
+    """App. C: jitter 0.8, blur 0.3 and grayscale 0.1 of the views that get colours at all."""
+    left = np.zeros((40, 40, 3), np.uint8)
+    left[:, :20] = [200, 60, 120]
+    Image.fromarray(left).save(tmp_path / "left.png")
+    settings = {"color_prob": 0.6, "flip_prob": 0.5, "crop_scale": 1.0}
+    crop, views = views_of(tmp_path, 1500, **settings)
+    sides = torch.tensor([[float(view[:, :, :12].mean() > view[:, :, 20:].mean()) for view in pair]
+                          for pair in views])
+    assert torch.equal(sides[:, 0], sides[:, 1])  # flipped together
+    assert sides[:, 0].mean() == pytest.approx(0.5, abs=0.04)
+    first = torch.stack([a for a, _ in views])
+    plain = torch.stack([crop, crop.flip(2)])
+    changed = (first[:, None] != plain).flatten(2).any(2).all(1).float().mean()
+    gray = (first.std(1) < 0.6).flatten(1).all(1).float().mean()
+    assert changed == pytest.approx(0.6 * (1 - 0.2 * 0.7 * 0.9), abs=0.04)
     assert gray == pytest.approx(0.6 * 0.1, abs=0.02)
+
+@pytest.mark.parametrize("size, width", [(224, 9), (96, 3), (64, 3), (160, 7)])
+def test_the_blur_grows_with_the_image(size, width):
+    colors = scott.view_transforms(scott.Config(img_size=size))[1]
+    blur = colors.transforms[0].transforms[1].transforms[0]
+    assert list(blur.kernel_size) == [width, width] and list(blur.sigma) == [0.1, 2.0]
+
+def test_normalise_takes_bytes_and_floats():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    out = scott.normalise(images)
+    assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(out, scott.normalise(images / 255))
+    gray = scott.normalise(torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+    assert gray.abs().max() < 1e-6
 
 # ---- Data --------------------------------------------------------------------------------------
 def test_crops_are_keyed_by_seed_epoch_and_image_and_leave_the_generator_alone():
@@ -361,8 +368,8 @@ def test_crops_are_keyed_by_seed_epoch_and_image_and_leave_the_generator_alone()
     after = torch.rand(())
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(()))
-    assert first[0].shape == (3, 32, 32) and first[0].dtype == torch.uint8
-    assert first[1].shape == (2, 10) and first[2].shape == (4,) and first[2].sum() == 2
+    assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in first[:2])
+    assert first[2].shape == (4,) and first[2].sum() == 2
     assert all(map(torch.equal, first, images[(3, 2)]))
     for changed in (images[(4, 2)], images[(3, 1)], other[(3, 2)]):
         assert not torch.equal(first[0], changed[0]) and not torch.equal(first[1], changed[1])
@@ -564,7 +571,7 @@ def test_a_copy_of_scott_alone_runs_its_own_code_and_leaves_all_of_a_run(run):
 def test_a_checkpoint_holds_both_encoders(run):
     path = run[0] / "last.pt"
     weights = scott.load_checkpoint(path)["objective"]
-    by_default, student = scott.load_encoder(path), scott.load_encoder(path, which="student")
+    by_default, student = probe.load_encoder(path), probe.load_encoder(path, which="student")
     assert not by_default.training and not any(p.requires_grad for p in by_default.parameters())
     for name, weight in by_default.state_dict().items():  # this run's config says teacher
         assert torch.equal(weight, weights[f"teacher.{name}"])
@@ -683,7 +690,7 @@ def test_a_method_of_ones_own_stops_and_resumes_bit_for_bit(place, capsys, metho
     assert cut["step"] == 1 and float(rows[-1]["loss"]) < float(rows[1]["loss"])
     assert_equal(final_state(Path("cut")), whole)
     assert rows_of(Path("cut")) == rows
-    assert scott.load_encoder("cut/last.pt").embed_dim == 192
+    assert probe.load_encoder("cut/last.pt").embed_dim == 192
     if method is PixelsWithState:
         first, last = cut["objective"], whole["objective"]
         assert first["seen"] == 8 and last["seen"] == 48 and first["scale"] != last["scale"]
@@ -807,7 +814,7 @@ def test_kills_at_random_moments_of_steps_and_saves_lose_nothing(place, kills):
         assert process.poll() is None  # there is something to kill
         process.kill()
         process.wait()
-        scott.load_encoder(last)  # whole at any moment
+        probe.load_encoder(last)  # whole at any moment
         flags = ["--resume", "killed/last.pt"]
     assert scott.main(flags) == scott.main([*settings, "--out", "whole"]) == 0
     assert_equal(final_state(Path("killed")), final_state(Path("whole")))
@@ -920,11 +927,11 @@ class NoMixingNoWaiting(TorchDispatchMode):
 
 @pytest.fixture
 def on_gpu():
-    """Crops, draws (on the CPU) and masks of a batch; what follows must not wait, nor mix."""
+    """Crops and masks of a batch; what follows must not wait, nor mix."""
     crops = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8).to("meta")
     mask = random_patch_mask(8).flatten(1).to("meta")
     with NoMixingNoWaiting():
-        yield crops, torch.rand(8, 2, 10), mask
+        yield crops, mask
 
 def test_mixing_devices_and_waiting_are_noticed(on_gpu):
     crops = on_gpu[0]
@@ -936,8 +943,8 @@ def test_mixing_devices_and_waiting_are_noticed(on_gpu):
 
 @pytest.mark.parametrize("model", ["scott-tiny/16", "vit-tiny/16"])
 def test_a_step_neither_waits_for_a_gpu_nor_mixes_devices(on_gpu, model):
-    crops, draws, mask = on_gpu
-    view_a, view_b = scott.make_views(crops, draws, "different", 1.0, np.random.default_rng(0))
+    crops, mask = on_gpu
+    view_a, view_b = scott.normalise(crops), scott.normalise(crops.flip(0))
     rates = {"dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.1}
     encoder = scott.create_encoder(model, **rates, registers=1)
     objective = scott.MIMJEPA(encoder, 1).to_empty(device="meta").train()
@@ -1128,7 +1135,7 @@ def test_pca_pictures_and_exports_of_a_run(run, tmp_path, monkeypatch):
     assert data["features"].shape == (7, 192) and data["features"].dtype == np.float32
     assert data["paths"].tolist() == paths and (data["labels"] == -1).all()
     crop = open_folder(tmp_path / "loose")[4]
-    expected = scott.load_encoder(folder / "last.pt")(scott.normalise(crop[None])).mean(1)[0]
+    expected = probe.load_encoder(folder / "last.pt")(scott.normalise(crop[None])).mean(1)[0]
     assert torch.allclose(torch.tensor(data["features"][4]), expected, atol=1e-4)
     # without images or a folder: some of one class, and all, of the data it was trained on
     assert probe.main([*flags, "--pca", str(tmp_path / "own.png")]) == 0

@@ -479,6 +479,6 @@ def test_a_run_trains_stops_resumes_and_is_probed(name, tmp_path, monkeypatch, c
     rates = {(group["lr_scale"], round(group["lr"] / group["lr_scale"], 12)) for group in groups}
     assert len({rate for _, rate in rates}) == 1  # each its share of one learning rate
     assert len(rates) == {"ijepa": 1, "bootleg": 1, "capi": 3}[name]
-    assert scott.load_encoder(path)(torch.rand(1, 3, 32, 48)).shape == (1, 6, 96)
+    assert probe.load_encoder(path)(torch.rand(1, 3, 32, 48)).shape == (1, 6, 96)
     assert probe.main(["--ckpt", path, "--mode", "knn", "--workers", "0"]) == 0
     assert json.loads(Path(path).with_name("probe.json").read_text())[0]["mode"] == "knn"

@@ -123,8 +123,7 @@ def blockwise_mask(grid, ratio=0.6, generator=None, hidden_blocks=False):
                 break
         else:  # ten tries in vain: single patches fill up to the exact count
             free = (~blocks).flatten().nonzero().squeeze(1)
-            order = torch.randperm(len(free), generator=generator)
-            blocks.view(-1)[free[order[:left]]] = True
+            blocks.view(-1)[free[torch.randperm(len(free), generator=generator)[:left]]] = True
     return blocks if hidden_blocks else ~blocks
 
 def random_mask(grid, ratio=0.6, generator=None):
@@ -315,9 +314,9 @@ def create_encoder(name, heads=None, renormalise=True, **options):
 
 def encoder_of(config):
     """The new, untrained encoder that the dict of a `Config` describes."""
-    names = ("heads", "renormalise", "dropout", "attention_dropout", "drop_path", "residual_norm")
-    options = {name: config[name] for name in names}
-    return create_encoder(config["model"], registers=config.get("registers", 0), **options)
+    names = {"heads", "renormalise", "dropout", "attention_dropout", "drop_path", "residual_norm",
+             "registers"}
+    return create_encoder(config["model"], **{name: config[name] for name in names & config.keys()})
 
 # ---- MIM-JEPA (sec. 3.2) and its schedules (sec. 4.2, Table 6) ---------------------------------
 class MIMJEPA(nn.Module):
@@ -347,8 +346,8 @@ class MIMJEPA(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum):
         """theta_bar <- momentum * theta_bar + (1 - momentum) * theta."""
-        weights = [list(part.parameters()) for part in (self.teacher, self.student)]
-        torch._foreach_lerp_(*weights, 1 - momentum)  # all in one call
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        torch._foreach_lerp_(teacher, student, 1 - momentum)  # all in one call
 
 def linear(step, total_steps, start, end):
     """From `start` at step 0 to `end` at the last step, total_steps - 1, exact at both."""
@@ -442,7 +441,6 @@ class ImageSet:
                 return self.load(index)
             except UserError as error:
                 print(f"left out: {error}")
-
         used, readable = 0, []
         with ThreadPoolExecutor() as pool:
             for path, image in zip(self.paths, pool.map(try_load, range(len(self.paths)))):
@@ -504,25 +502,22 @@ def draw_flowers(config, count=3072, size=128):
     generator, axis = torch.Generator().manual_seed(0), torch.linspace(-1, 1, size)
     labels, images = torch.arange(count) % 8, []
     sector = torch.tensor([5.0, 3, 1]).view(3, 1, 1)  # of the hue, of red, green and blue
-    yellow = torch.tensor([0.85, 0.65, 0.1]).view(3, 1, 1)
     def uniform(low, high, cells=1):
         return low + (high - low) * torch.rand(len(kind), 1, cells, cells, generator=generator)
     def texture(cells):
         return F.interpolate(uniform(-1, 1, cells), (size, size), mode="bicubic")
     for kind in labels.view(-1, 1, 1, 1).split(256):
-        x = axis - uniform(-0.25, 0.25)
-        y = axis[:, None] - uniform(-0.25, 0.25)
+        x, y = axis - uniform(-0.25, 0.25), axis[:, None] - uniform(-0.25, 0.25)
         radius = torch.hypot(x, y) / uniform(0.6, 0.9)
         turns = torch.atan2(y, x) / math.pi + uniform(0, 2)
         across = (turns * (3 + kind // 2) % 2 - 1).abs()  # 0: in a petal, 1: between two
         edge = 1 - 0.75 * torch.where(kind % 2 == 1, across, across**4)
         hue = (sector + uniform(0, 6).floor() + uniform(-0.2, 0.2)) % 6
         petal = 1 - 0.75 * torch.minimum(hue, 4 - hue).clamp(0, 1)
-        shade = 0.9 - 0.25 * across - 0.25 * radius
-        petal = petal * (shade + 0.05 * texture(24))
+        petal = petal * (0.9 - 0.25 * across - 0.25 * radius + 0.05 * texture(24))
         light = uniform(0.3, 0.54) + 0.1 * texture(5) + 0.1 * texture(20)
         green = torch.cat([uniform(0.5, 0.9), uniform(0.9, 1.2), uniform(0.3, 0.6)], 1)
-        disk = yellow * (0.9 + 0.3 * texture(40))
+        disk = torch.tensor([0.85, 0.65, 0.1]).view(3, 1, 1) * (0.9 + 0.3 * texture(40))
         picture = torch.where(radius < edge, petal, light * green)
         picture = torch.where(radius < 0.24, disk, picture)
         images += (picture.clamp(0, 1) * 255).byte()
@@ -539,8 +534,7 @@ def make_loader(images, batches):
 
 # ---- Monitors: is it learning, is it collapsing? -----------------------------------------------
 def evaluation_split(images):
-    """(train, test) indices of labelled images; None with fewer than two classes.
-    Tested on is the test split, otherwise val, otherwise a seeded and stratified fifth."""
+    """(train, test) indices of labelled images, or None: test is test, val or a seeded fifth."""
     order = np.random.default_rng(0).permutation(np.flatnonzero(images.labels >= 0))
     splits = images.splits[order]
     test = order[splits == ("test" if "test" in splits else "val")]
@@ -597,9 +591,8 @@ def write_metrics(path, rows):
 def draw_views(path, view_a, view_b, mask):
     """Picture of what the model sees: views a and b (B, 3, S, S), and a without what is hidden."""
     hidden = enlarge(mask.view(-1, 1, *grid_of(view_a)), view_a)
-    pictures = torch.cat([view_a, view_b, view_a.masked_fill(hidden, 0)])
-    options = {"nrow": len(mask), "normalize": True, "format": "png"}
-    write_file(path, partial(utils.save_image, pictures, **options))
+    grid = torch.cat([view_a, view_b, view_a.masked_fill(hidden, 0)])
+    write_file(path, partial(utils.save_image, grid, nrow=len(mask), normalize=True, format="png"))
 
 # ---- Training ----------------------------------------------------------------------------------
 def autocast(config):
@@ -653,14 +646,12 @@ class Run:
             return [(epoch, i) for i in batch[RANK::PROCESSES]]
         return make_loader(self.images, map(keys, range(start, self.total)))
 
-    def views(self, step, view_a, view_b, *masks):
+    def views(self, step, *batch):
         """Normalised views (B, 3, S, S) of a loaded batch, and its masks, on the device."""
         if hasattr(self.objective, "draw_masks"):  # of the whole batch: processes change nothing
             generator = torch.Generator().manual_seed(hash((self.config.seed, step)))
-            count, grid = self.config.batch_size, grid_of(view_a)
-            masks = self.objective.draw_masks(count, grid, generator)
-            masks = [mask[RANK::PROCESSES] for mask in masks]
-        batch = (view_a, view_b, *masks)
+            masks = self.objective.draw_masks(self.config.batch_size, grid_of(batch[0]), generator)
+            batch = *batch[:2], *(mask[RANK::PROCESSES] for mask in masks)
         view_a, view_b, *masks = (x.to(self.config.device, non_blocking=True) for x in batch)
         return normalise(view_a), normalise(view_b), *masks
 
@@ -682,13 +673,12 @@ class Run:
 
     def restore(self, path):
         """Load and return a checkpoint. Raises UserError if it is of another run."""
-        state = load_checkpoint(path)
-        if state["images"] != len(self.indices):
-            raise UserError(f"{path}: a run on {state['images']} images, not {len(self.indices)}")
-        try:
-            self.objective.load_state_dict(state["objective"])
-        except RuntimeError:
-            raise UserError(f"{path}: a run of another method") from None
+        state, count = load_checkpoint(path), len(self.indices)
+        if state["images"] != count:
+            raise UserError(f"{path}: a run on {state['images']} images, not {count}")
+        if state["objective"].keys() != self.objective.state_dict().keys():
+            raise UserError(f"{path}: a run of another method")
+        self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         return state
 
@@ -752,12 +742,11 @@ def train(config, method=None):
         speed = (done - since) * config.batch_size / (now - shown)
         row = {"epoch": epoch + 1, "step": done, "loss": losses.item() / (position + 1), "lr": lr,
                "weight_decay": decay, "ema": momentum, "images_per_s": round(speed, 1)}
-        left = (run.total - done) * config.batch_size / speed / 60
         print(f"epoch {epoch + 1} step {done} loss {row['loss']:.4f} {speed:.1f} images/s, "
-              f"{left:.1f} min left", flush=True)
+              f"{(run.total - done) * config.batch_size / speed / 60:.1f} min left", flush=True)
         if epoch_ends:
             if done == run.total or (epoch + 1) % (config.knn_every or math.inf) == 0:
-                encoder = getattr(objective, config.which, objective.student)
+                encoder = getattr(objective, config.which)
                 row |= monitor(config.which, encoder, run.images, rows[0])
             rows.append(row)
             write_metrics(f"{folder}/metrics.csv", rows)
@@ -860,12 +849,10 @@ def check_ranges(config):
     """Raises UserError for a negative number, a share above 1, or none of what has to be some."""
     for item in fields(config):
         value, default = getattr(config, item.name), item.default
-        if type(value) in (int, float):
-            low = int(type(default) is int and default > 0)
-            high = 1 if type(default) is float and default <= 1 else math.inf
-            if not low <= value <= high:
-                name = item.name.replace("_", "-")
-                raise UserError(f"--{name} {value}: must be from {low} to {high}")
+        low = int(type(default) is int and default > 0)
+        high = 1 if type(default) is float and default <= 1 else math.inf
+        if type(value) in (int, float) and not low <= value <= high:
+            raise UserError(f"--{item.name.replace('_', '-')} {value}: not from {low} to {high}")
 
 def resolve(config):
     """Check every setting, and settle what was left open (None, "auto"). Raises UserError."""
@@ -884,10 +871,9 @@ def resolve(config):
         torch.ones(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    bf16 = linux and "bf16" in Path("/proc/cpuinfo").read_text()  # AVX512-BF16, AMX, ARM
     if "cuda" in device:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # AVX512-BF16, AMX, ARM
-        bf16 = linux and "bf16" in Path("/proc/cpuinfo").read_text()
     settled = {"amp": "bf16" if bf16 else "fp32", "knn_every": max(1, config.epochs // 10),
                "workers": 0 if not linux else 1 if device == "cpu" else min(16, os.cpu_count()),
                "warmup_epochs": min(40, config.epochs * 40 / 300)}

@@ -1186,9 +1186,9 @@ NO_CHECKPOINT = "no such file, cut short, or no checkpoint"
 @pytest.mark.parametrize("flags, says", [
     ("--img-size 100", "multiple of the patch size"),
     ("--mask-ratio 1", "hides none or all"),
-    ("--flip-prob 1.5", "must be from 0 to 1"),
-    ("--epochs 0", "must be from 1"),
-    ("--max-minutes nan", "must be from"),
+    ("--flip-prob 1.5", "not from 0 to 1"),
+    ("--epochs 0", "not from 1 to"),
+    ("--max-minutes nan", "not from 0"),
     ("--nosuch 1", "unrecognized"),
     ("--data nosuch", "--data nosuch: no such folder"),
     ("--data empty", "no images in empty"),

@@ -84,7 +84,7 @@ def open_encoder(options):
     given = {name: value for name, value in asdict(options).items()
              if name in names and name not in ("out", "epochs", "lr") and value is not None}
     if options.random_init:
-        preset = scott.DEMO if given.get("data", "demo") == "demo" else {}
+        preset = scott.Config.demo if given.get("data", "demo") == "demo" else {}
         config = scott.resolve(scott.Config(**preset | given | {"model": options.random_init}))
         torch.manual_seed(config.seed)
         encoder = scott.encoder_of(asdict(config)).eval().requires_grad_(False)

@@ -95,6 +95,9 @@ class Config:
     amp: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic
     workers: int | None = None  # loader processes (default: 1, with a GPU 16)
     cache_gib: float = 8.0  # memory for decoded images, GiB
+    demo = {"model": "scott-tiny/16", "img_size": 64, "crop_scale": 0.5, "dropout": 0.0,
+            "attention_dropout": 0.0, "drop_path": 0.0, "predictor_depth": 2, "which": "student",
+            "epochs": 30, "batch_size": 32}  # no flag: what --data demo sets
 
     def schedule(self, step, total, warmup):
         """Learning rate, weight decay and teacher momentum of a step (Table 6)."""
@@ -806,9 +809,6 @@ def noting_signals(batches, noted):
             signal.signal(number, handler)
 
 # ---- Command line ------------------------------------------------------------------------------
-DEMO = {"model": "scott-tiny/16", "img_size": 64, "crop_scale": 0.5, "dropout": 0.0,
-        "attention_dropout": 0.0, "drop_path": 0.0, "predictor_depth": 2, "which": "student",
-        "epochs": 30, "batch_size": 32}
 FREE = ("out", "root", "device", "workers", "cache_gib", "grad_accum_steps", "which", "knn_every",
         "save_minutes", "max_minutes", "resume")  # may change when a run goes on
 
@@ -835,7 +835,7 @@ def parse_config(argv=None, cls=Config):
     given = vars(parser.parse_args(argv))
     if "resume" not in given:
         is_demo = issubclass(cls, Config) and given.get("data", cls.data) == "demo"
-        return cls(**DEMO | given if is_demo else given)
+        return cls(**cls.demo | given if is_demo else given)
     saved = load_checkpoint(given["resume"])["config"]
     other = [f"--{name.replace('_', '-')} {saved.get(name)}" for name, value in given.items()
              if name not in FREE and value != saved.get(name)

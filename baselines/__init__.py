@@ -37,6 +37,8 @@ class Config(scott.Config):
     wd_start: float | None = None  # weight decay of the first step (default: by --recipe)
     wd_end: float | None = None  # weight decay of the last step (default: by --recipe)
     unused = ()  # flags of scott.py that mean nothing to the method
+    demo = {name: scott.Config.demo[name] for name in
+            ("model", "img_size", "which", "epochs", "batch_size")}  # the rest is the recipe's
 
     def paper(self):
         """{flag: value} of the method's own recipe."""
@@ -52,6 +54,8 @@ class Config(scott.Config):
         values = asdict(scott.Config())
         if self.recipe == "paper":
             values |= self.paper()
+        elif self.data == "demo":  # as `python scott.py`, which it is to be compared with
+            values |= scott.Config.demo
         names = [item.name for item in fields(Config) if item.default is None]
         missing = [name for name in names if getattr(self, name) is None]
         return replace(self, **{name: values[name] for name in missing})
@@ -67,6 +71,8 @@ def run(config, objective, name):
 
     def build(encoder, config):
         method = objective(encoder, config)
+        if config.data == "demo":
+            print(f"{name}: the demo sets", ", ".join(map(str, config.demo)))
         for text in method.departures():
             print(f"{name}, other than in its paper: {text}")
         return method

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import baselines
 import scott
-from baselines.ijepa import IJEPA, block_size, place_blocks, uniform
+from baselines.ijepa import IJEPA, block_size, draw_size, place_blocks, uniform
 
 @dataclass
 class Config(baselines.Config):
@@ -29,18 +29,20 @@ class Config(baselines.Config):
     mask: Literal["alternating-blocks"] = "alternating-blocks"  # how patches are hidden
     mask_ratio: float = 0.6  # not used: the blocks decide
     registers: int = 5  # a class token, and registers
-    predictor_depth: int = 10  # blocks of the predictor
+    predictor_depth: int | None = None  # blocks (default: five sixths of the encoder's)
     hidden_targets: bool = True  # blocks 1, 4, 8, 12 as targets, not the last alone
     ema_start: float = 0.9985  # teacher momentum of the first step
     ema_end: float = 0.9985  # teacher momentum of the last step
     unused = ("mask_ratio",)
 
     def paper(self):
-        lr = 3e-3 * self.batch_size / 2048
-        warmup = min(33 + 0.12 * self.epochs, 0.2 * self.epochs)
+        lr = 3e-3 * self.batch_size / 2048 if self.lr is None else self.lr
+        warmup = min(33 + 0.12 * self.epochs, 0.23 * self.epochs)  # alike at 300 epochs
         return dict(crop_scale=0.35, views="none", dropout=0.0, attention_dropout=0.0,
                     drop_path=0.0, lr=lr, lr_start=lr / 30, lr_end=lr / 30, lr_flat=0.0,
                     beta2=0.95, wd_start=0.05, wd_end=0.05, warmup_epochs=warmup)
+
+SHARES = (30 / 196, 36 / 196)  # of the image: the smallest and largest target on 14 x 14 patches
 
 def alternating_blocks(count, grid, generator):
     """Masks (App. C): four target blocks of 16 to 18.3 % of the image (36 of 196 patches [ours]),
@@ -48,8 +50,12 @@ def alternating_blocks(count, grid, generator):
     surplus is dropped from one of the four corners inwards, by rows or by columns."""
     height, width = grid
     patches = math.prod(grid)
-    area = int(patches * uniform(0.16, 36 / 196, generator))
-    size = block_size(area, 1.5 ** uniform(-1, 1, generator), grid)
+
+    def draw():
+        area = int(patches * uniform(0.16, 36 / 196, generator))
+        return block_size(area, 1.5 ** uniform(-1, 1, generator), grid)
+
+    size = draw_size(draw, grid, SHARES)
     side, _ = block_size(int(patches * uniform(0.85, 1.0, generator)), 1.0, grid)
 
     def from_corner(rows, columns):
@@ -78,13 +84,14 @@ def encode_layers(encoder, images, layers):
 class Bootleg(IJEPA):
     """Predict hidden layers of the teacher at target blocks (sec. 4). Of the encoder's registers,
     the first is the class token, which the predictor gets; it has four registers of its own."""
-    draw_blocks = staticmethod(alternating_blocks)
+    draw_blocks, shares = staticmethod(alternating_blocks), SHARES
 
     def __init__(self, encoder, config):
         depth = len(encoder.blocks)
         layers = hidden_layers(depth) if config.hidden_targets else [depth]
-        super().__init__(encoder, config, len(layers), num_heads=max(16, encoder.num_heads),
-                         class_tokens=1, registers=4)
+        heads = max(16, encoder.num_heads)
+        super().__init__(encoder, config, len(layers), 5 / 6, num_heads=heads, class_tokens=1,
+                         registers=4)
         self.layers = layers
 
     def target(self, images):
@@ -96,8 +103,10 @@ class Bootleg(IJEPA):
         depth, config = len(self.student.blocks), self.config
         if self.layers != [1, 4, 8, 12]:
             yield f"target blocks {self.layers} of {depth}, not 1, 4, 8, 12 of 12"
-        if config.recipe == "paper" and config.warmup_epochs == 0.2 * config.epochs:
-            yield f"warm-up of {config.warmup_epochs:g} epochs, a fifth of the run, not 33 and 12 %"
+        if config.recipe == "paper" and config.warmup_epochs == 0.23 * config.epochs:
+            yield (f"warm-up of {config.warmup_epochs:g} epochs, 23 % as in a run of 300, not 33 "
+                   "epochs and 12 %")
+        yield from self.block_departures((config.img_size // 16,) * 2)
 
     def loss(self, prediction, target):
         """Mean squared error of (B, M, T, layers * D); predicting 0 costs 1."""

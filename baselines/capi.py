@@ -16,11 +16,13 @@ How it differs from MIM-JEPA:
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision import ops
 
 import baselines
 import scott
@@ -32,16 +34,17 @@ class Config(baselines.Config):
     mask_ratio: float = 0.65  # share of the patches hidden from the student
     registers: int = 16  # learnable tokens beside the patches
     predictor_depth: int | None = None  # blocks (default: half of the encoder's, at least 2)
-    prototypes: int | None = None  # clusters (default: 512, or 4 an image of a larger batch)
+    prototypes: int | None = None  # clusters (default: 4 an image of a step, at most 16384)
     predictions: int = 7  # hidden patches that are predicted, an image
-    ema_start: float = 0.996  # not used: the momentum is 1 - learning rate
-    ema_end: float = 1.0  # not used: the momentum is 1 - learning rate
+    ema_start: float | None = None  # teacher momentum, constant (default: 1 - learning rate)
+    ema_end: float = 1.0  # not used: the momentum has no schedule of its own
     sinkhorn: Literal["positionwise", "global"] = "positionwise"  # over what clusters are balanced
-    unused = ("ema_start", "ema_end")
+    unused = ("ema_end",)
 
     def paper(self):
+        lr = 1e-3 if self.lr is None else self.lr
         return dict(crop_scale=0.6, views="none", dropout=0.0, attention_dropout=0.0, drop_path=0.2,
-                    lr=1e-3, lr_start=0.0, lr_end=0.0, lr_flat=0.0, beta2=0.95, wd_start=0.1,
+                    lr=lr, lr_start=0.0, lr_end=0.0, lr_flat=0.0, beta2=0.95, wd_start=0.1,
                     wd_end=0.1, warmup_epochs=0.1 * self.epochs)
 
     def settled(self):
@@ -49,19 +52,17 @@ class Config(baselines.Config):
             raise scott.UserError("--grad-accum-steps: CAPI's clusters are balanced over all "
                                   "images of a step, so it cannot be done in parts; use 1")
         config = super().settled()
-        size = 512 if self.batch_size <= 256 else min(16384, 4 * self.batch_size)
-        config.prototypes = self.prototypes or size
+        config.prototypes = self.prototypes or min(16384, 4 * self.batch_size)
         return config
 
     def schedule(self, step, total, warmup):
-        """As in `scott.Config`, but the momentum is 1 - lr (sec. 4.1), and with the paper's recipe
-        the run ends before the last fifth of the cosine (Table 6)."""
-        lr, decay, _ = super().schedule(step, total, warmup)
-        if self.recipe == "paper":
-            whole = 1 + warmup + 1.25 * (total - 1 - warmup)
-            lr = scott.lr_schedule(step, whole, warmup, self.lr_start, self.lr, self.lr_end,
-                                   self.lr_flat)
-        return lr, decay, 1 - lr
+        """As in `scott.Config`, but the momentum is 1 - lr (sec. 4.1) or constant (Table 8), and
+        with the paper's recipe the run ends before the last fifth of the cosine (Table 6)."""
+        whole = 1 + warmup + 1.25 * (total - 1 - warmup) if self.recipe == "paper" else total
+        lr = scott.lr_schedule(step, whole, warmup, self.lr_start, self.lr, self.lr_end,
+                               self.lr_flat)
+        decay = scott.linear(step, total, self.wd_start, self.wd_end)
+        return lr, decay, 1 - lr if self.ema_start is None else self.ema_start
 
 def rolled_block_mask(grid, ratio=0.65, generator=None):
     """Hidden patches, (Gh, Gw) bool: all but one block, of aspect 1/2 to 2 [code], whose excess is
@@ -95,47 +96,62 @@ def sinkhorn(logits, positionwise=True, iterations=3):
     return m
 
 class CrossAttention(nn.Module):
-    """Queries (B, Q, D) gather a context (B, K, D), without bias -> (B, Q, D)."""
+    """Queries (B, Q, D) gather a context (B, K, D), without bias -> (B, Q, D). The keys know where
+    their tokens are, by the positions (B, K, D); the values do not."""
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.q, self.kv, self.proj = (nn.Linear(dim, n * dim, bias=False) for n in (1, 2, 1))
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
-    def forward(self, x, context):
-        k, v = self.kv(context).chunk(2, -1)
-        heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.q(x), k, v)]
+    def forward(self, x, context, positions):
+        parts = self.q(x), self.k(context + positions), self.v(context)
+        heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts]
         x = F.scaled_dot_product_attention(*heads)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 class CrossBlock(nn.Module):
     """Cross-attention and feed-forward, pre-norm, no self-attention: (B, Q, D) -> (B, Q, D)."""
-    def __init__(self, dim, num_heads, layer=1):
+    def __init__(self, dim, num_heads, layer=1, drop_path=0.0):
         super().__init__()
+        self.drop_path = drop_path
         self.attention, self.ffn = CrossAttention(dim, num_heads), scott.SwiGLU(dim)
         for name, weight in self.named_parameters():
             nn.init.trunc_normal_(weight, std=0.02)
             weight.data /= math.sqrt(2 * layer) if name.endswith("proj.weight") else 1
 
-    def forward(self, x, context):
-        x = x + self.attention(F.layer_norm(x, x.shape[-1:]), context)
-        return x + self.ffn(F.layer_norm(x, x.shape[-1:]))
+    def forward(self, x, context, positions):
+        drop = partial(ops.stochastic_depth, p=self.drop_path, mode="row", training=self.training)
+        x = x + drop(self.attention(F.layer_norm(x, x.shape[-1:]), context, positions))
+        return x + drop(self.ffn(F.layer_norm(x, x.shape[-1:])))
+
+class CosineHead(nn.Linear):
+    """Cosines of (..., D) with P rows, each times a trainable scale: (..., P) [code]. The rows
+    start short, of std 0.02: AdamW moves a weight by the learning rate, whatever the row's length,
+    so it would hardly turn long ones."""
+    def __init__(self, dim, prototypes):
+        super().__init__(dim, prototypes, bias=False)
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        self.scale = nn.Parameter(torch.ones(prototypes))
+
+    def forward(self, x):
+        return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 
 class Predictor(nn.Module):
-    """The student's tokens (B, K, D), of `wanted` (B, Q) positions -> logits of clusters (B, Q, P),
-    each position on its own (sec. 3.2)."""
-    def __init__(self, dim, depth, num_heads, prototypes):
+    """The student's R registers and tokens of the visible (B, K) patches, (B, R + K, D), of the
+    wanted (B, Q) ones -> logits of clusters (B, Q, P), each on its own (sec. 3.2)."""
+    def __init__(self, dim, depth, num_heads, prototypes, drop_path=0.0):
         super().__init__()
         self.mask_token = nn.Parameter(torch.randn(dim) / 50)
-        self.blocks = nn.ModuleList(CrossBlock(dim, num_heads, i + 1) for i in range(depth))
-        self.head = nn.Linear(dim, prototypes, bias=False)
-        nn.init.normal_(self.head.weight)
+        blocks = [CrossBlock(dim, num_heads, i, drop_path) for i in range(1, depth + 1)]
+        self.blocks, self.head = nn.ModuleList(blocks), CosineHead(dim, prototypes)
 
-    def forward(self, context, wanted, grid):
+    def forward(self, context, visible, wanted, grid):
         positions = scott.sincos_positions(*grid, context.shape[-1], context.device)
-        x = self.mask_token + positions[wanted]
+        x, registers = self.mask_token + positions[wanted], context.shape[1] - visible.shape[1]
+        keys = F.pad(positions[visible], (0, 0, registers, 0))  # registers have no place
         for block in self.blocks:
-            x = block(x, context)
-        return F.normalize(x, dim=-1) @ F.normalize(self.head.weight, dim=-1).T  # cosines [code]
+            x = block(x, context, keys)
+        return self.head(x)
 
 class CAPI(scott.MIMJEPA):
     """Predict the cluster of the teacher's token where the student sees nothing (sec. 3).
@@ -145,25 +161,32 @@ class CAPI(scott.MIMJEPA):
         self.student.mask_token.requires_grad_(False)  # not used: what is hidden is left out
         self.config, dim = config, encoder.embed_dim
         depth = config.predictor_depth or max(2, len(encoder.blocks) // 2)
-        self.predictor = Predictor(dim, depth, encoder.num_heads, config.prototypes)
+        heads, rate = encoder.num_heads, config.drop_path
+        self.predictor = Predictor(dim, depth, heads, config.prototypes, rate)
+        for block in self.student.blocks:
+            block.drop_path = rate  # constant, not linear [code]
         self.prototypes = nn.Linear(dim, config.prototypes, bias=False)
         nn.init.normal_(self.prototypes.weight)  # [code]
 
     def draw_masks(self, count, grid, generator):
-        """What is hidden from the student in each image of a batch: (B, N) bool."""
+        """Of the images of a batch: what is hidden from the student, (B, N) bool, and the indices
+        (B, Q) of the hidden patches that are predicted."""
         ratio = self.config.mask_ratio
         masks = [rolled_block_mask(grid, ratio, generator).flatten() for _ in range(count)]
-        return (torch.stack(masks),)
+        hidden = torch.stack(masks)
+        order = torch.rand(hidden.shape, generator=generator).masked_fill(~hidden, -1)
+        return hidden, order.topk(min(self.config.predictions, int(hidden[0].sum()))).indices
 
     def parameter_groups(self):
         """For AdamW: with shares of the learning rate (Table 6)."""
-        prototypes = [self.prototypes.weight]
+        prototypes = self.prototypes.weight
         tokenizer = list(self.student.tokenizer.parameters())
-        special = {id(weight) for weight in prototypes + tokenizer}
+        special = {id(weight) for weight in [prototypes, *tokenizer]}
         rest = [weight for weight in self.parameters() if id(weight) not in special]
         scale = 0.2 if self.config.recipe == "paper" else 1.0
-        return [*scott.parameter_groups(rest), *scott.parameter_groups(prototypes, 0.5),
-                *scott.parameter_groups(tokenizer, scale)]
+        clustering = {"params": [prototypes], "decayed": 0.1, "lr_scale": 0.5}  # a tenth: [code]
+        slow = scott.parameter_groups(tokenizer, scale)
+        return [*scott.parameter_groups(rest), *slow, clustering]
 
     def departures(self):
         """What is not as in the paper, and why: texts."""
@@ -175,16 +198,14 @@ class CAPI(scott.MIMJEPA):
         if int(config.mask_ratio * patches) < config.predictions:
             yield f"all {int(config.mask_ratio * patches)} hidden patches predicted, not 7"
 
-    def forward(self, view_a, view_b, mask):
-        """Views (B, 3, H, W), mask (B, N) bool with equally many hidden -> loss."""
+    def forward(self, view_a, view_b, mask, wanted):
+        """Views (B, 3, H, W), and what `draw_masks` returns -> loss."""
         hidden = int(self.config.mask_ratio * mask.shape[1])
         visible = mask.int().argsort(dim=1, stable=True)[:, : mask.shape[1] - hidden]
-        wanted = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1)
-        wanted = wanted.topk(min(self.config.predictions, hidden), 1).indices
         with torch.no_grad():
             tokens = self.teacher.eval()(view_b).float()
         context = baselines.encode_visible(self.student, view_a, mask, visible)
-        prediction = self.predictor(context, wanted, scott.grid_of(view_a)).float()
+        prediction = self.predictor(context, visible, wanted, scott.grid_of(view_a)).float()
         with torch.autocast(mask.device.type, enabled=False):  # of clusters, in float32
             logits = self.prototypes(F.normalize(tokens, dim=-1))  # (B, N, P) (Eq. 1)
             targets = sinkhorn(logits / 0.06, self.config.sinkhorn == "positionwise")  # (Eq. 4)

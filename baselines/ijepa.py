@@ -30,12 +30,12 @@ class Config(baselines.Config):
     """Defaults of the ViT-S/16 of I-JEPA's recipe; its learning rate grows with the batch."""
     mask: Literal["multi-block"] = "multi-block"  # how patches are hidden
     mask_ratio: float = 0.6  # not used: the blocks decide
-    predictor_depth: int = 6  # blocks of the predictor
+    predictor_depth: int | None = None  # blocks (default: half of the encoder's)
     loss: Literal["smooth-l1", "l2"] = "smooth-l1"  # smooth-l1 [code], or l2 as in sec. 3
     unused = ("mask_ratio",)
 
     def paper(self):
-        lr = 1e-3 * self.batch_size / 2048
+        lr = 1e-3 * self.batch_size / 2048 if self.lr is None else self.lr
         return dict(crop_scale=0.3, views="none", flip_prob=0.0, dropout=0.0, drop_path=0.0,
                     attention_dropout=0.0, lr=lr, lr_start=lr / 5, lr_end=lr / 1000, lr_flat=0.0)
 
@@ -48,6 +48,19 @@ def block_size(area, aspect, grid):
     """(height, width) in patches of a block of that area and height / width, inside the grid."""
     sizes = math.sqrt(area * aspect), math.sqrt(area / aspect)
     return tuple(min(max(1, round(size)), *grid) for size in sizes)
+
+def draw_size(draw, grid, shares, tries=100):
+    """The first (height, width) of draw() whose share of the image is within `shares` (lowest,
+    highest): what the paper's sampler leaves after rounding on its 14 x 14 patches. On a grid that
+    has none, the closest of so many."""
+    def excess(size):
+        share = math.prod(size) / math.prod(grid)
+        return max(shares[0] - share, share - shares[1], 0.0)
+
+    sizes = []
+    while len(sizes) < tries and (not sizes or excess(sizes[-1])):
+        sizes.append(draw())
+    return min(sizes, key=excess)
 
 def place_blocks(count, grid, sizes, side, order, smallest, generator):
     """The masks of `count` images: visible (B, K) and targets (B, M, T), indices of patches.
@@ -79,14 +92,20 @@ def smallest_context(patches):
     """10 of 196 patches [code], in proportion of others."""
     return max(1, round(10 * patches / 196))
 
+SHARES = (25 / 196, 42 / 196)  # of the image: the smallest and largest target on 14 x 14 patches
+
 def multi_block(count, grid, generator):
     """Four target blocks of 15 to 20 % of the image and aspect 0.75 to 1.5, a context of 85 to
     100 %; the sizes are one draw a batch [code]. Not as the released code, whose sampler uses one
     number for scale and aspect, never reaches the last row and column, and drops the surplus at
     the bottom: here all draws are independent, on the whole grid, and the surplus is random."""
     patches = math.prod(grid)
-    area = patches * uniform(0.15, 0.2, generator)
-    size = block_size(area, uniform(0.75, 1.5, generator), grid)
+
+    def draw():
+        area = patches * uniform(0.15, 0.2, generator)
+        return block_size(area, uniform(0.75, 1.5, generator), grid)
+
+    size = draw_size(draw, grid, SHARES)
     side, _ = block_size(patches * uniform(0.85, 1.0, generator), 1.0, grid)
 
     def anyhow(rows, columns):
@@ -133,22 +152,33 @@ class NarrowPredictor(nn.Module):
 class IJEPA(scott.MIMJEPA):
     """Predict blocks of the teacher's output from the patches that the student sees.
     encoder: `scott.ViT`; config: a settled `Config`; layers: of the teacher, that are predicted;
-    predictor: further options of its own."""
-    draw_blocks = staticmethod(multi_block)
+    depth: the predictor's, as a share of the encoder's; predictor: further options of its own."""
+    draw_blocks, shares = staticmethod(multi_block), SHARES
 
-    def __init__(self, encoder, config, layers=1, **predictor):
+    def __init__(self, encoder, config, layers=1, depth=1 / 2, **predictor):
         super().__init__(encoder, predictor_depth=0)  # it gets another predictor
         self.student.mask_token.requires_grad_(False)  # not used: what is hidden is left out
         self.config = config
-        dim, depth = encoder.embed_dim, config.predictor_depth
+        dim, depth = encoder.embed_dim, math.ceil(depth * len(encoder.blocks))
+        depth = depth if config.predictor_depth is None else config.predictor_depth
         options = {"num_heads": encoder.num_heads} | encoder.block_options | predictor
         self.predictor = NarrowPredictor(dim, dim * layers, dim // 2, depth, **options)
 
     def departures(self):
         """What is not as in the paper, and why: texts."""
-        patches = (self.config.img_size // 16) ** 2
-        if patches != 196:
-            yield f"a context of at least {smallest_context(patches)} of {patches} patches, not 10"
+        side = self.config.img_size // 16
+        if side != 14:
+            smallest = smallest_context(side**2)
+            yield f"a context of at least {smallest} of {side**2} patches, not 10 of 196"
+        yield from self.block_departures((side, side))
+
+    def block_departures(self, grid):
+        """Texts, if the grid has no block of the size that the paper asks for."""
+        *_, targets = self.draw_blocks(1, grid, torch.Generator().manual_seed(0))
+        patches, (low, high) = math.prod(grid), self.shares
+        if not low <= targets.shape[-1] / patches <= high:
+            yield (f"target blocks of {targets.shape[-1]} of {patches} patches, "
+                   f"{targets.shape[-1] / patches:.0%}, not {low:.0%} to {high:.0%}")
 
     def draw_masks(self, count, grid, generator):
         """Of the images of a batch, whose blocks have one size: hidden (B, N) bool, and the indices

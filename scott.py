@@ -465,7 +465,7 @@ class ImageSet:
         """Indices of a split, "all" or "trainval". Raises UserError for unknown names."""
         wanted = {"all": np.unique(self.splits), "trainval": ["train", "val"]}.get(split, [split])
         if not np.isin(wanted, self.splits).all():
-            raise UserError(f"--split {split}: it has all, {', '.join(np.unique(self.splits))}")
+            raise UserError(f"--split {split}: has {' '.join(['all', *np.unique(self.splits)])}")
         return np.flatnonzero(np.isin(self.splits, wanted))
 
 def open_data(config):
@@ -878,7 +878,7 @@ def resolve(config):
                "workers": 0 if not linux else 1 if device == "cpu" else min(16, os.cpu_count()),
                "warmup_epochs": min(40, config.epochs * 40 / 300)}
     given = {name: value for name, value in asdict(config).items() if value not in (None, "auto")}
-    return replace(config, **settled | given | {"device": device})
+    return replace(config, **{**settled, **given, "device": device})
 
 def main(argv=None, run=train, cls=Config):
     """The command line of a program, `run(cls)`; returns the exit code."""

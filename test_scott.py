@@ -378,7 +378,7 @@ def test_a_folder_with_splits_and_labels(tmp_path):
     train, test = scott.evaluation_split(images)
     assert len(train) == 5 and len(test) == 2
     assert all("/val/" in images.paths[i] for i in test)
-    with pytest.raises(scott.UserError, match="has all, train, val"):
+    with pytest.raises(scott.UserError, match="has all train val"):
         images.select("test")
 
 def test_folders_without_splits_and_without_labels(tmp_path):
@@ -1179,7 +1179,7 @@ NO_CHECKPOINT = "no such file, cut short, or no checkpoint"
     ("--data flowers102 --root nowhere", "no flowers102 in --root nowhere"),
     ("--model scott-5/16", "3, 7, 9, 12"),
     ("--heads 7", "must divide the width"),
-    ("--split valid", "has all, test, train"),
+    ("--split valid", "has all test train"),
     ("--batch-size 100000", "choose a smaller --batch-size"),
     ("--device cuda:7", "--device"),
     ("--out text.pt", "text.pt exists"),

@@ -36,7 +36,7 @@ class Config(baselines.Config):
     predictor_depth: int | None = None  # blocks (default: half of the encoder's, at least 2)
     prototypes: int | None = None  # clusters (default: 4 an image of a step, at most 16384)
     predictions: int = 7  # hidden patches that are predicted, an image
-    ema_start: float | None = None  # teacher momentum, constant (default: 1 - learning rate)
+    ema_start: float | None = None  # teacher momentum at the peak (default: 1 - learning rate)
     ema_end: float = 1.0  # not used: the momentum has no schedule of its own
     sinkhorn: Literal["positionwise", "global"] = "positionwise"  # over what clusters are balanced
     unused = ("ema_end",)
@@ -56,13 +56,15 @@ class Config(baselines.Config):
         return config
 
     def schedule(self, step, total, warmup):
-        """As in `scott.Config`, but the momentum is 1 - lr (sec. 4.1) or constant (Table 8), and
-        with the paper's recipe the run ends before the last fifth of the cosine (Table 6)."""
+        """As in `scott.Config`, but the momentum is 1 - lr (sec. 4.1), or `ema_start` at the peak
+        (Table 8), from where it moves to 1 as the rate to 0 [code]; and with the paper's recipe
+        the run ends before the last fifth of the cosine (Table 6)."""
         whole = 1 + warmup + 1.25 * (total - 1 - warmup) if self.recipe == "paper" else total
         lr = scott.lr_schedule(step, whole, warmup, self.lr_start, self.lr, self.lr_end,
                                self.lr_flat)
         decay = scott.linear(step, total, self.wd_start, self.wd_end)
-        return lr, decay, 1 - lr if self.ema_start is None else self.ema_start
+        fastest = self.lr if self.ema_start is None else 1 - self.ema_start
+        return lr, decay, 1 - fastest * lr / (self.lr or 1)
 
 def rolled_block_mask(grid, ratio=0.65, generator=None):
     """Hidden patches, (Gh, Gw) bool: all but one block, of aspect 1/2 to 2 [code], whose excess is

@@ -419,9 +419,10 @@ def test_capis_schedule_groups_and_depth():
     values = [config.schedule(step, total, warmup) for step in range(total)]
     assert values[0] == (0, 0.1, 1) and values[warmup][0] == config.lr
     assert values[-1][0] / config.lr == pytest.approx(0.0955, abs=1e-4)
-    assert all(momentum == 1 - lr for lr, _, momentum in values)
-    constant = capi.Config(epochs=100, ema_start=0.996).settled()  # Table 8
-    assert {constant.schedule(step, total, warmup)[2] for step in (0, 500, 999)} == {0.996}
+    assert all(momentum == pytest.approx(1 - lr, abs=1e-12) for lr, _, momentum in values)
+    faster = capi.Config(epochs=100, ema_start=0.996).settled()  # Table 8
+    assert faster.schedule(warmup, total, warmup)[2] == pytest.approx(0.996)
+    assert faster.schedule(0, total, warmup)[2] == 1
     for batch, clusters in ((32, 128), (64, 256), (128, 512), (8192, 16384)):
         assert capi.Config(batch_size=batch).settled().prototypes == clusters
     for recipe, scale in (("paper", 0.2), ("controlled", 1)):

@@ -69,7 +69,7 @@ class ProbeConfig:
     export: tuple[str, ...] = ()  # OUT.npz [FOLDER]: write mean-pooled features instead
 
 def load_encoder(path, device="cpu", which=None):
-    """The frozen `scott.ViT`, in eval mode, of a checkpoint; which: None = as its run was configured."""
+    """The frozen `scott.ViT`, in eval mode, of a checkpoint; which: None = as its run says."""
     checkpoint = scott.load_checkpoint(path)
     prefix = f"{which or checkpoint['config']['which']}."
     encoder, weights = scott.encoder_of(checkpoint["config"]), checkpoint["objective"]

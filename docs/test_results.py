@@ -68,9 +68,9 @@ def test_tables_say_what_the_logs_say(path):
     assert list(differences(path)) == []
     assert LINK.search(path.read_text())
 
-@pytest.mark.parametrize("before, after", [("47.3", "47.4"), ("48.5", "48.6"), ("103, 94", "103, 95"),
-                                           ("6,096", "6,095"), ("30.7", "31.7"),
-                                           (" [log](runs/long)", "")])
+@pytest.mark.parametrize("before, after", [
+    ("47.3", "47.4"), ("48.5", "48.6"), ("30.7", "31.7"), ("103, 94", "103, 95"),
+    ("6,096", "6,095"), (" [log](runs/long)", "")])
 def test_an_edited_cell_is_noticed(tmp_path, before, after):
     run = tmp_path / "runs/long"
     run.mkdir(parents=True)

@@ -352,10 +352,11 @@ def probe(encoder, options, config):
                         "them; a result is of all images, or of none")
     torch.manual_seed(config.seed)
     results, started = {}, time.time()
+    one_view = replace(config, views="none" if config.views == "none" else "same")  # b is not used
     if set(options.mode) - {"finetune"}:
-        results |= probe_frozen(encoder, images, split, labels, options, config)
+        results |= probe_frozen(encoder, images, split, labels, options, one_view)
     if "finetune" in options.mode:
-        results |= finetune(encoder, images, split, labels, options, config)
+        results |= finetune(encoder, images, split, labels, options, one_view)
     print(table(results))
     counts = {"train": len(split[0]), "test": len(split[1]), "classes": len(images.classes)}
     shared = ("model", "data", "root", "img_size", "crop_scale", "views", "color_prob", "device",

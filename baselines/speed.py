@@ -158,10 +158,12 @@ def where_time_goes(run, step):
         step(views)
 
     seconds = seconds_by_name(work, config.device)
-    forward = seconds["student"] + seconds["teacher"] + seconds["predictor"]
-    seconds["backward"] = seconds["gradients and AdamW"] - seconds["AdamW"] - forward
-    names = ("data", "masks", "student", "teacher", "tokenizer", "predictor", "backward", "AdamW")
-    return {name: seconds[name] for name in names}
+    models = ("student", "teacher", "predictor")
+    if seconds.keys() >= {*models}:  # some methods call the blocks of a model, and not the whole
+        forward = sum(seconds[name] for name in models)
+        seconds["backward"] = seconds["gradients and AdamW"] - seconds["AdamW"] - forward
+    names = ("data", "masks", *models, "tokenizer", "backward", "AdamW")
+    return {name: seconds[name] for name in names if name in seconds}
 
 def measure(config, method=None, plain=False):
     """Print how fast `scott.train` is with this config; the last line is JSON."""

@@ -16,7 +16,7 @@ from PIL import Image
 import baselines
 import probe
 import scott
-from baselines import bootleg, capi, ijepa
+from baselines import bootleg, capi, ijepa, speed
 
 METHODS = {
     "ijepa": (ijepa, ijepa.IJEPA),
@@ -574,3 +574,19 @@ def test_a_run_trains_stops_resumes_and_is_probed(name, tmp_path, monkeypatch, c
     assert probe.load_encoder(path)(torch.rand(1, 3, 32, 48)).shape == (1, 6, 96)
     assert probe.main(["--ckpt", path, "--mode", "knn", "--workers", "0"]) == 0
     assert json.loads(Path(path).with_name("probe.json").read_text())[0]["mode"] == "knn"
+
+
+@pytest.mark.parametrize("name", speed.METHODS)
+def test_a_step_of_each_method_is_measured(name, tmp_path, monkeypatch, capsys):
+    """That it prints all it promises; its seconds are no test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speed, "WINDOWS", 1)
+    monkeypatch.setattr(speed, "calls_per_second", lambda work, seconds=0: len([work()]))
+    monkeypatch.setattr(speed, "matrix_flops", lambda config: 1.0)
+    save_images(tmp_path / "loose", 17)
+    assert speed.main(["--method", name, *TINY]) == 0
+    *_, parts, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["step_images_per_s"] == 8
+    named = ["data", "AdamW"] if name != "mimjepa" else ["masks", "student", "teacher", "backward"]
+    assert all(f" {part} " in parts for part in named)
+    assert not Path("runs").exists()

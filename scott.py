@@ -179,11 +179,11 @@ def sparse_max_blur_pool(x, mask=None):
     return x if mask is None else x * ~enlarge(mask, x)
 
 class SparseConvTokenizer(nn.Module):
-    """SCOTT's stem (Table 3): images (B, 3, H, W), mask (B, N) bool or None -> tokens (B, N, D),
+    """SCOTT's stem (Table 3): images (B, C, H, W), mask (B, N) bool or None -> tokens (B, N, D),
     N = H/16 * W/16. Tokens of hidden patches are zero; the others know nothing of their pixels."""
-    def __init__(self, embed_dim=384, renormalise=True):
+    def __init__(self, embed_dim=384, renormalise=True, in_channels=3):
         super().__init__()
-        self.conv1 = SparseConv2d(3, embed_dim // 6, 7, 2, 3, renormalise)
+        self.conv1 = SparseConv2d(in_channels, embed_dim // 6, 7, 2, 3, renormalise)
         self.conv2 = SparseConv2d(embed_dim // 6, embed_dim, 7, 2, 3, renormalise)
         nn.init.kaiming_normal_(self.conv1.weight)
         nn.init.kaiming_normal_(self.conv2.weight)
@@ -196,9 +196,9 @@ class SparseConvTokenizer(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
 class PatchEmbed(nn.Conv2d):
-    """ViT's patch embedding, one 16x16 convolution: images (B, 3, H, W) -> tokens (B, N, D)."""
-    def __init__(self, embed_dim=384):
-        super().__init__(3, embed_dim, 16, 16, bias=False)
+    """ViT's patch embedding, one 16x16 convolution: images (B, C, H, W) -> tokens (B, N, D)."""
+    def __init__(self, embed_dim=384, in_channels=3):
+        super().__init__(in_channels, embed_dim, 16, 16, bias=False)
         nn.init.kaiming_normal_(self.weight)
 
     def forward(self, images, mask=None):  # a patch is a token: nothing to hide from the others
@@ -224,10 +224,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
         rate = self.attention_dropout if self.training else 0.0
-        if x.device.type == "cpu":  # in training several times faster than torch's fused one
-            x = F.dropout((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1), rate) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 class SwiGLU(nn.Module):
@@ -269,7 +266,7 @@ def make_blocks(depth, dim, num_heads, drop_path=0.0, **options):
 
 class ViT(nn.Module):
     """Vision Transformer over a tokenizer: no class token, fixed positions, one mask token (Eq. 1).
-    forward(images (B, 3, H, W), mask (B, N) bool or None) -> (B, N, D) after the final LayerNorm;
+    forward(images (B, C, H, W), mask (B, N) bool or None) -> (B, N, D) after the final LayerNorm;
     ValueError unless 16 divides H and W. registers: learnable extra tokens; options: of `Block`."""
     def __init__(self, tokenizer, embed_dim=384, depth=12, num_heads=6, registers=0, **options):
         super().__init__()
@@ -297,8 +294,7 @@ class ViT(nn.Module):
         patches = tokens.shape[1]
         if self.registers is not None:
             tokens = torch.cat([self.registers.expand(len(tokens), -1, -1), tokens], 1)
-        tokens = F.layer_norm(self.blocks(tokens), (self.embed_dim,))
-        return tokens[:, -patches:]
+        return F.layer_norm(self.blocks(tokens), (self.embed_dim,))[:, -patches:]
 
 SIZES = {"tiny": (192, 4, 3), "3": (384, 3, 4), "7": (384, 7, 4), "9": (384, 9, 4),
          "12": (384, 12, 6)}  # width, depth, heads (Tables 4, 11; heads of 3 and 9 are not stated)
@@ -427,6 +423,8 @@ class ImageSet:
             with Image.open(path) as image:
                 image.draft("RGB", (self.side, self.side))  # JPEG: decode at 1/2, 1/4 or 1/8
                 image = ImageOps.exif_transpose(image)
+                if image.mode == "F":
+                    raise ValueError("of floats it is not known what is white; save 16 or 8 bits")
                 if "I" in image.mode:  # 16 bits: scaled, not clipped
                     image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype("u1"))
                 image = image.convert("RGB")
@@ -489,7 +487,9 @@ def image_folder(config):
     sub-folders that hold images are labels; images loose or nested deeper are unlabelled."""
     folder, found = Path(config.data), []
     known = ("train", "val", "test") if (folder / "train").is_dir() else ("",)
-    for path in sorted(map(Path, glob("**/*.*", root_dir=folder, recursive=True))):
+    files = sorted(glob("**/*.*", root_dir=folder, recursive=True), key=lambda f: (len(f), f))
+    once = {(folder / f).parent.resolve() / Path(f).name: Path(f) for f in reversed(files)}
+    for path in sorted(once.values()):  # a folder that links to itself is read once
         split = path.parts[0] if path.parts[0] in known else ""
         label = path.parts[-2] if len(path.parts) == 2 + bool(split) and split in known else ""
         if path.suffix.lower() in (*datasets.folder.IMG_EXTENSIONS, ".gif"):

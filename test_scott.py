@@ -82,22 +82,17 @@ def test_vit_takes_any_size_divisible_by_16(name):
     with pytest.raises(ValueError, match="divisible by 16"):
         encoder(torch.randn(1, 3, 100, 96))
 
+@pytest.mark.parametrize("tokenizer", [scott.SparseConvTokenizer, scott.PatchEmbed])
+def test_tokenizers_take_other_channels_than_three(tokenizer):
+    encoder = scott.ViT(tokenizer(48, in_channels=13), 48, 1, 2)
+    mask = random_patch_mask(2, (2, 3)).flatten(1)
+    assert encoder(torch.rand(2, 13, 32, 48), mask).shape == (2, 6, 48)
+
 def test_a_position_depends_on_row_and_column_alone():
     small, large = scott.sincos_positions(2, 3, 48), scott.sincos_positions(4, 5, 48)
     assert small.shape == (6, 48)
     assert torch.equal(small.view(2, 3, 48), large.view(4, 5, 48)[:2, :3])
     assert len(torch.unique(large, dim=0)) == 20
-
-def test_attention_on_a_cpu_equals_the_fused_one():
-    """Values and gradients; the fused one runs on other devices."""
-    attention, x = scott.Attention(48, 2), torch.randn(3, 9, 48, requires_grad=True)
-    q, k, v = attention.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-    fused = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    fused = F.linear(fused, attention.proj.weight)
-    weight = torch.randn_like(fused)
-    assert torch.allclose(attention(x), fused, atol=1e-5)
-    own, other = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (attention(x), fused))
-    assert torch.allclose(own, other, atol=1e-4)
 
 # ---- Sparse layers: the properties of mask and renormalise -------------------------------------
 def plain_conv(x, weight, mask, renormalise):
@@ -391,6 +386,8 @@ def test_folders_without_splits_and_without_labels(tmp_path):
     assert sorted([*train, *test]) == list(range(30))
     assert [images.labels[i] for i in test] == [0] * 4 + [1] * 2
     assert all(map(np.array_equal, scott.evaluation_split(images), (train, test)))
+    (tmp_path / "self").symlink_to(tmp_path)
+    assert open_folder(tmp_path).paths.tolist() == images.paths.tolist()
     images = open_folder(tmp_path / "a")  # flat: unlabelled
     assert list(images.labels) == [-1] * 20 and scott.evaluation_split(images) is None
 
@@ -624,7 +621,8 @@ def save_broken_images(folder):
     (folder / "text.jpg").write_text("not an image")
     bomb = b"P6 30000 30000 255\n" + bytes(1000)  # 900 million pixels, says its header
     (folder / "bomb.ppm").write_bytes(bomb)
-    return ["bomb.ppm", "cut.png", "text.jpg", "zero.jpg"]
+    Image.new("F", (40, 30), 0.5).save(folder / "floats.tif")  # black and white are not known
+    return ["bomb.ppm", "cut.png", "floats.tif", "text.jpg", "zero.jpg"]
 
 def test_unreadable_images_are_named_and_left_out(place, capsys):
     save_images(place / "loose/b", 6)
@@ -632,17 +630,17 @@ def test_unreadable_images_are_named_and_left_out(place, capsys):
     save_images(place / "loose/a", 5)
     images = open_folder("loose")
     before = dict(zip(images.paths, images.labels))
-    assert images.read(1.0) == 4
+    assert images.read(1.0) == 5
     printed = capsys.readouterr().out
     assert all(sum(f"/a/{name}: " in line for line in printed.splitlines()) == 1 for name in broken)
-    assert len(images.paths) == len(images.labels) == len(images.splits) == len(before) - 4
+    assert len(images.paths) == len(images.labels) == len(images.splits) == len(before) - 5
     assert all(before[path] == label for path, label in zip(images.paths, images.labels))
     assert len(train_here()[1]) == 2
     save_broken_images(place / "broken")
     capsys.readouterr()
     assert scott.main([*LOOSE, "--data", "broken"]) == 2
     printed = capsys.readouterr().err
-    assert "none of the 4 images" in printed and printed.count("\n") == 1
+    assert "none of the 5 images" in printed and printed.count("\n") == 1
     assert not Path("runs/broken-scott-tiny-16").exists()
 
 # ---- A method of one's own ---------------------------------------------------------------------

@@ -57,13 +57,6 @@ class PlainTokenizer(scott.SparseConvTokenizer):
         side = int(mask.shape[1] ** 0.5)
         return x * ~scott.enlarge(mask.view(-1, 1, side, side), x)
 
-class PlainAttention(scott.Attention):
-    """With `scaled_dot_product_attention`, on every device."""
-    def forward(self, x):
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
-        return self.proj(x.transpose(1, 2).flatten(2))
-
 def plain_step(config):
     """A function that trains the same network on random images, without dropout; returns it."""
     config = replace(config, dropout=0.0, attention_dropout=0.0, drop_path=0.0)
@@ -71,8 +64,6 @@ def plain_step(config):
     for module in [*objective.modules()]:
         if isinstance(module, scott.SparseConvTokenizer):
             module.__class__ = PlainTokenizer
-        elif isinstance(module, scott.Attention):
-            module.__class__ = PlainAttention
     objective.to(config.device)
     optimizer = torch.optim.AdamW(p for p in objective.parameters() if p.requires_grad)
     images = torch.randn(config.batch_size, 3, config.img_size, config.img_size)

@@ -48,6 +48,7 @@ class ProbeConfig:
     random_init: str | None = None  # instead of it: an untrained model, as scott-12/16
     which: Literal["teacher", "student"] | None = None  # default: as the run says
     mode: tuple[Mode, ...] = ("linear", "attentive", "knn")  # one or more of
+    validate: bool = False  # test on val, so that the test images choose no setting
     data: str | None = None  # as in scott.py (default: the run's)
     root: str | None = None  # as in scott.py (default: the run's)
     img_size: int | None = None  # side of the input, pixels (default: the run's)
@@ -337,7 +338,8 @@ def table(results):
 def probe(encoder, options, config):
     """Measure what `options.mode` asks for; print the table and append it to probe.json."""
     images = scott.open_data(config)
-    images.keep(images.labels >= 0)  # the others need not even be readable
+    unused = "test" if options.validate else None
+    images.keep((images.labels >= 0) & (images.splits != unused))  # need not even be readable
     split = scott.evaluation_split(images)
     if split is None:
         raise UserError(f"{config.data}: a probe needs labelled images of at least two classes")
@@ -361,7 +363,8 @@ def probe(encoder, options, config):
     counts = {"train": len(split[0]), "test": len(split[1]), "classes": len(images.classes)}
     shared = ("model", "data", "root", "img_size", "crop_scale", "views", "color_prob", "device",
               "amp")
-    settings = {"ckpt": options.ckpt, "which": None if options.random_init else config.which}
+    settings = {"ckpt": options.ckpt, "which": None if options.random_init else config.which,
+                "validate": options.validate}
     settings |= {name: getattr(config, name) for name in shared}
     path, entries = open_report(options, config)  # another probe may have written meanwhile
     for mode, (recipe, curve) in results.items():

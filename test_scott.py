@@ -1075,17 +1075,19 @@ def test_fine_tuning_trains_the_encoder(tmp_path):
 def test_an_untrained_encoder_is_probed_and_trained_from_scratch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind, value in (("dark", 40), ("light", 200)):
-        (tmp_path / "data" / kind).mkdir(parents=True)
-        for i in range(20):
+        for i in range(60):
+            folder = tmp_path / "data" / ("train", "val", "test")[i % 3] / kind
+            folder.mkdir(parents=True, exist_ok=True)
             noise = np.random.default_rng([value, i]).integers(-40, 40, (40, 40, 3)) + value
-            Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "data" / kind / f"{i}.png")
+            Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
     flags = ["--random-init", "vit-tiny/16", "--data", "data", "--img-size", "32", *PROBE]
-    flags += ["--mode", "finetune", "knn", "--epochs", "15", "--batch-size", "8"]
+    flags += ["--mode", "finetune", "knn", "--epochs", "15", "--batch-size", "8", "--validate"]
     assert probe.main(flags) == 0
     knn, finetuned = entries(tmp_path / "runs/data-vit-tiny-16-untrained")
     assert finetuned["mode"] == "finetune" and finetuned["results"]["top1"] == 100
     assert finetuned["settings"]["which"] is None and finetuned["settings"]["lr"] == 5e-4
     assert knn["best_on_test"] is None
+    assert knn["counts"] == {"train": 40, "test": 40, "classes": 2}  # of 40 each, val and no test
 
 def test_components_show_the_object_and_its_parts():
     """Tokens of a background, and of a disk with two halves: black around, two colours within."""

@@ -4,41 +4,82 @@
 #
 #     sh docs/reproduce.sh EPOCHS [NAME ...]    # from the folder of scott.py; all runs, or those named
 set -eu
-epochs=${1:?how many epochs? 24 and 48 are what results.md speaks of}
+epochs=${1:?how many epochs? 24 and 48 are what results.md speaks of, 12 beside other methods}
 shift
 wanted=" $* "
+data="--data flowers102 --root data --img-size 96"
+validate=
 
-row() {  # NAME and flags of scott.py
-    name=$1
-    shift
-    if [ "$wanted" != "  " ] && [ "${wanted#* "$name" }" = "$wanted" ]; then return; fi
+is_wanted() {  # NAME
+    [ "$wanted" = "  " ] || [ "${wanted#* "$1" }" != "$wanted" ]
+}
+
+keep_logs() {  # folder
+    mkdir -p "docs/$1"
+    for log in config.json metrics.csv probe.json; do
+        if [ -f "$1/$log" ]; then cp "$1/$log" "docs/$1"; fi
+    done
+}
+
+method() {  # PROGRAM, NAME and flags of the program
+    program=$1
+    name=$2
+    shift 2
+    if ! is_wanted "$name"; then return; fi
     run=runs/$name-$epochs
     if [ -f "$run/last.pt" ]; then
-        python scott.py --resume "$run/last.pt"
+        python $program --resume "$run/last.pt"
     else
-        python scott.py --data flowers102 --root data --img-size 96 --batch-size 64 --dropout 0 \
-            --attention-dropout 0 --drop-path 0 --which student --epochs "$epochs" --out "$run" "$@"
+        python $program $data --batch-size 64 --dropout 0 --attention-dropout 0 --drop-path 0 \
+            --which student --epochs "$epochs" --out "$run" "$@"
     fi
-    if [ ! -f "$run/probe.json" ]; then python probe.py --ckpt "$run/last.pt" --views different; fi
-    mkdir -p "docs/$run"
-    cp "$run/config.json" "$run/metrics.csv" "$run/probe.json" "docs/$run"
+    if [ ! -f "$run/probe.json" ]; then
+        python probe.py --ckpt "$run/last.pt" --views different $validate
+    fi
+    keep_logs "$run"
 }
 
-untrained() {  # NAME and model
-    if [ "$wanted" != "  " ] && [ "${wanted#* "$1" }" = "$wanted" ]; then return; fi
-    if [ ! -f "runs/$1/probe.json" ]; then
-        python probe.py --random-init "$2" --data flowers102 --root data --img-size 96 --out "runs/$1"
-    fi
-    mkdir -p "docs/runs/$1"
-    cp "runs/$1/probe.json" "docs/runs/$1"
+row() {  # NAME and flags of scott.py
+    method scott.py "$@"
 }
 
-untrained untrained scott-3/16
+probed() {  # NAME and flags of probe.py
+    name=$1
+    shift
+    if ! is_wanted "$name"; then return; fi
+    if [ ! -f "runs/$name/probe.json" ]; then python probe.py $data --out "runs/$name" "$@"; fi
+    keep_logs "runs/$name"
+}
+
+probed untrained --random-init scott-3/16
 row default --model scott-3/16
 row seed-1 --model scott-3/16 --seed 1
 row hidden-blocks --model scott-3/16 --mask hidden-blocks
 row random --model scott-3/16 --mask random
-untrained vit-untrained vit-3/16
+probed vit-untrained --random-init vit-3/16
 row vit --model vit-3/16
 row no-colours --model scott-3/16 --views none
 row trainval --model scott-3/16 --split trainval --epochs $((epochs * 127 / 31))  # equal steps
+probed "finetuned-$epochs" --mode finetune --ckpt "runs/default-$epochs/last.pt"
+probed scratch --mode finetune --random-init scott-3/16  # 300 epochs with labels
+
+# Beside I-JEPA, CAPI and Bootleg: the same recipe, two seeds; MIM-JEPA's first seeds are above.
+row vit-seed-1 --model vit-3/16 --seed 1
+for model in vit scott; do
+    for seed in 0 1; do
+        for other in ijepa capi bootleg; do
+            method "-m baselines.$other" "$model-$other-$seed" --model "$model-3/16" \
+                --recipe controlled --seed "$seed"
+        done
+    done
+done
+method "-m baselines.capi" vit-capi-ema --model vit-3/16 --recipe controlled --ema-start 0.996
+
+# Which learning rate each method likes, told by val alone: probe the best one without --validate.
+validate=--validate
+for lr in 1.5e-4 5e-4 1.5e-3; do
+    row "vit-lr-$lr" --model vit-3/16 --lr "$lr"
+    for other in ijepa capi bootleg; do
+        method "-m baselines.$other" "vit-$other-lr-$lr" --model vit-3/16 --recipe controlled --lr "$lr"
+    done
+done

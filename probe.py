@@ -1,4 +1,4 @@
-"""What are an encoder's features worth? Linear, attentive and k-NN probes for scott.py.
+"""What are an encoder's features worth? Linear, attentive, k-NN and ridge probes for scott.py.
 
     python probe.py --ckpt runs/flowers102-scott-12-16/last.pt    # on the data it was trained on
     python probe.py --random-init scott-12/16 --data flowers102   # untrained: the honest zero line
@@ -15,6 +15,7 @@ What is unusual here, in reading order:
 - All heads train at once on the same tokens, and fine-tuning is the same loop: there the inputs
   are images, and the head has the encoder in it.
 - The last epoch is the result. The best epoch is picked on the test set, and is called that.
+- k-NN and ridge have no epochs, rates or seeds: two encoders differ in nothing else there.
 """
 
 import json
@@ -38,7 +39,7 @@ import scott
 from scott import UserError
 
 # ---- The command line --------------------------------------------------------------------------
-Mode = Literal["linear", "attentive", "knn", "finetune"]
+Mode = Literal["linear", "attentive", "knn", "ridge", "finetune"]
 
 @dataclass
 class ProbeConfig:
@@ -47,7 +48,7 @@ class ProbeConfig:
     ckpt: str | None = None  # checkpoint of a run of scott.py
     random_init: str | None = None  # instead of it: an untrained model, as scott-12/16
     which: Literal["teacher", "student"] | None = None  # default: as the run says
-    mode: tuple[Mode, ...] = ("linear", "attentive", "knn")  # one or more of
+    mode: tuple[Mode, ...] = ("linear", "attentive", "knn", "ridge")  # one or more of
     validate: bool = False  # test on val, so that the test images choose no setting
     data: str | None = None  # as in scott.py (default: the run's)
     root: str | None = None  # as in scott.py (default: the run's)
@@ -249,8 +250,26 @@ def fit(heads, train, test, labels, config, evaluations):
             print(f"epoch {done} of {config.epochs}: {text}, {left:.1f} min left", flush=True)
     return curves
 
+def ridge_scores(train, labels, test, classes):
+    """Ridge regression of one-hot labels on standardised vectors: scores (n, classes) of `test`.
+    The penalty is the one with the least leave-one-out error on the training vectors."""
+    train, labels, test = train.cpu().double(), labels.cpu(), test.cpu().double()
+    mean, deviation = train.mean(0), train.std(0).clamp_min(1e-6)
+    targets = F.one_hot(labels, classes).double()
+    intercept = targets.mean(0)
+    u, sigma, v = torch.linalg.svd((train - mean) / deviation, full_matrices=False)
+    projected, solutions = u.T @ (targets - intercept), []
+    for penalty in (10.0**power for power in range(-2, 7)):
+        kept = (sigma**2 / (sigma**2 + penalty))[:, None]
+        residual = targets - intercept - u @ (kept * projected)
+        leverage = u**2 @ kept + 1 / len(train)
+        error = (residual / (1 - leverage).clamp_min(1e-6)).square().mean()
+        solutions.append((error.item(), penalty))
+    weights = v.T @ ((sigma / (sigma**2 + min(solutions)[1]))[:, None] * projected)
+    return (test - mean) / deviation @ weights + intercept
+
 def probe_frozen(encoder, images, split, labels, options, config):
-    """Linear, attentive and k-NN, as options.mode says: {mode: (settings, curve)} as of `fit`."""
+    """All but fine-tuning, as options.mode says: {mode: (settings, curve)} as of `fit`."""
     epochs, modes = options.epochs or 100, options.mode
     config = replace(config, epochs=epochs, warmup_epochs=min(20, epochs / 5),
                      batch_size=options.batch_size or 64, lr=options.lr or 5e-4)
@@ -276,9 +295,12 @@ def probe_frozen(encoder, images, split, labels, options, config):
         settings = {"epochs": epochs, "batch_size": config.batch_size, "lr": config.lr,
                     "copies": copies}
         results = {mode: (settings, curve) for mode, curve in curves.items()}
-    if "knn" in modes:
-        scores = scott.knn_scores(train.vectors(), labels[0], test.vectors(), classes)
-        results["knn"] = {"k": 20, "temperature": 0.07}, [(None, accuracies(scores, labels[1]))]
+    closed_forms = {"knn": (scott.knn_scores, {"k": 20, "temperature": 0.07}),
+                    "ridge": (ridge_scores, {})}
+    for mode, (scores_of, settings) in closed_forms.items():
+        if mode in modes:
+            scores = scores_of(train.vectors(), labels[0], test.vectors(), classes)
+            results[mode] = settings, [(None, accuracies(scores, labels[1]))]
     return results
 
 def finetune(encoder, images, split, labels, options, config):

@@ -459,18 +459,18 @@ def test_images_of_all_kinds_are_read_as_people_see_them(tmp_path):
     assert images[0].shape == images[(0, 0)][0].shape == (3, 32, 32)
 
 # ---- Monitors ----------------------------------------------------------------------------------
-def test_knn_finds_clusters_and_nothing_in_noise():
+@pytest.mark.parametrize("scores_of", [scott.knn_scores, probe.ridge_scores])
+def test_knn_and_ridge_find_clusters_and_nothing_in_noise(scores_of):
     labels = torch.arange(400) % 4
-    centres = F.one_hot(labels, 16).float()
-    noise = torch.randn(400, 16)
-    for features, low, high in ((centres + 0.1 * noise, 1, 1), (noise, 0.1, 0.4)):
-        scores = scott.knn_scores(features[:200], labels[:200], features[200:], 4)
+    centres = F.one_hot(labels, 300).float()
+    noise = torch.randn(400, 300)  # more dimensions than vectors to learn from
+    for features, low, high in ((centres + 0.1 * noise, 0.9, 1), (noise, 0.1, 0.4)):
+        scores = scores_of(features[:200], labels[:200], features[200:], 4)
         assert low <= (scores.argmax(1) == labels[200:]).float().mean() <= high
 
 def test_effective_rank_counts_directions():
-    features = torch.randn(4096, 8) @ torch.randn(8, 64)
     assert scott.effective_rank(torch.randn(4096, 32) + 7) == pytest.approx(32, abs=0.5)
-    assert 4 < scott.effective_rank(features) < 8.01
+    assert 4 < scott.effective_rank(torch.randn(4096, 8) @ torch.randn(8, 64)) < 8.01
 
 # ---- Runs --------------------------------------------------------------------------------------
 LOOSE = ["--data", "loose", *TINY]
@@ -1041,7 +1041,7 @@ def test_probes_of_a_run_are_reported_and_appended(run, tmp_path, monkeypatch, c
     assert probe.main(flags) == 0
     printed = capsys.readouterr().out
     first = entries(folder)
-    assert [entry["mode"] for entry in first] == ["linear", "attentive", "knn"]
+    assert [entry["mode"] for entry in first] == ["linear", "attentive", "knn", "ridge"]
     assert "picked on the test set" in printed and "95 % interval" in printed
     for entry in first:
         result = entry["results"]
@@ -1055,8 +1055,8 @@ def test_probes_of_a_run_are_reported_and_appended(run, tmp_path, monkeypatch, c
     assert first[2]["results"]["top1"] == pytest.approx(monitored)
     assert probe.main([*flags, "--mode", "linear"]) == 0
     again = entries(folder)
-    assert again[:3] == first and len(again) == 4
-    assert again[3]["results"] == first[0]["results"]  # alone or with others, in memory or pooled
+    assert again[:4] == first and len(again) == 5
+    assert again[4]["results"] == first[0]["results"]  # alone or with others, in memory or pooled
     assert probe.main([*flags, "--mode", "knn", "--which", "student", "--out", str(tmp_path)]) == 0
     assert entries(tmp_path)[0]["settings"]["which"] == "student" and entries(folder) == again
 

@@ -37,7 +37,8 @@ def steps(folder):
         return "{:,}".format(int(list(csv.DictReader(file))[-1]["step"]))
 
 CELLS = {"linear": probed("linear"), "attentive": probed("attentive"), "k-NN": probed("knn"),
-         "fine-tuned": probed("finetune"), "effective rank": monitored("effective_rank", 0),
+         "ridge": probed("ridge"), "fine-tuned": probed("finetune"),
+         "effective rank": monitored("effective_rank", 0),
          "k-NN while training": monitored("knn_top1", 1), "steps": steps}
 
 def tables(text):

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Makes the runs of results.md, one after the other, probes them, and puts their logs into docs/runs/.
-# Started again, it goes on where it was. On 2 cores, 24 epochs of SCOTT-3/16 are about an hour.
+# Started again, it goes on where it was. On 2 cores, 24 epochs of SCOTT-3/16 are one to two hours.
+# Probes have 20 crops an image wherever they run, as a CPU's have by default.
 #
 #     sh docs/reproduce.sh EPOCHS [NAME ...]    # from the folder of scott.py; all runs, or those named
 set -eu
@@ -34,7 +35,7 @@ method() {  # PROGRAM, NAME and flags of the program
             --which student --epochs "$epochs" --out "$run" "$@"
     fi
     if [ ! -f "$run/probe.json" ]; then
-        python probe.py --ckpt "$run/last.pt" --views different $validate
+        python probe.py --ckpt "$run/last.pt" --views different --copies 20 $validate
     fi
     keep_logs "$run"
 }
@@ -47,7 +48,7 @@ probed() {  # NAME and flags of probe.py
     name=$1
     shift
     if ! is_wanted "$name"; then return; fi
-    if [ ! -f "runs/$name/probe.json" ]; then python probe.py $data --out "runs/$name" "$@"; fi
+    if [ ! -f "runs/$name/probe.json" ]; then python probe.py $data --copies 20 --out "runs/$name" "$@"; fi
     keep_logs "runs/$name"
 }
 

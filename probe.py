@@ -341,6 +341,13 @@ def open_report(options, config):
         raise UserError(f"{path}: not a list, or not to be written; choose another --out")
     return path, entries
 
+def read_all(images):
+    """Read the images; returns their config, all settled. Raises UserError if one is unreadable."""
+    if wrong := images.read(images.config.cache_gib):
+        raise UserError(f"{wrong} of the images cannot be read, see above: mend or remove them; a "
+                        "result is of all images, or of none")
+    return images.config
+
 def best_point(curve):
     """(epoch, accuracies) of the highest top-1, of equals the earliest."""
     return max(curve, key=lambda point: point[1]["top1"])
@@ -371,9 +378,7 @@ def probe(encoder, options, config):
     print(f"{config.model} ({what}) on {config.data}, {config.img_size} px: {len(split[0]):,} "
           f"training and {len(split[1]):,} test images of {len(images.classes)} classes, "
           f"{config.device} {config.amp}", flush=True)
-    if wrong := images.read(config.cache_gib):
-        raise UserError(f"{wrong} of the labelled images cannot be read, see above: mend or remove "
-                        "them; a result is of all images, or of none")
+    config = read_all(images)
     torch.manual_seed(config.seed)
     results, started = {}, time.time()
     one_view = replace(config, views="none" if config.views == "none" else "same")  # b is not used
@@ -436,12 +441,13 @@ def draw_pca(encoder, options, config):
     path = output_path(wanted, ".png")
     if paths:
         images = scott.ImageSet(config, paths, [-1] * len(paths), [""] * len(paths), [])
-        indices = range(len(paths))
     else:
         images = scott.open_data(config)
         rows = np.random.default_rng(config.seed).permutation(len(images.paths))
-        indices = rows[images.labels[rows] == images.labels[rows[0]]][:10]
-    crops, side = torch.stack([images[int(i)] for i in indices]), config.img_size // 16
+        images.keep(rows[images.labels[rows] == images.labels[rows[0]]][:10])
+    read_all(images)
+    crops = torch.stack([images[i] for i in range(len(images.paths))])
+    side = config.img_size // 16
     with torch.no_grad():
         tokens = torch.cat([encoder(scott.normalise(part.to(config.device))).cpu()
                             for part in crops.split(64)])
@@ -462,6 +468,7 @@ def export(encoder, options, config):
     config = replace(config, data=folders[0] if folders else config.data,
                      batch_size=options.batch_size or 64)
     images = scott.open_data(config)
+    read_all(images)
     features = scott.encode(encoder, images, range(len(images.paths))).numpy()
     arrays = {"features": features, "paths": images.paths.astype(str), "labels": images.labels,
               "classes": np.array(images.classes, dtype=str)}

@@ -221,10 +221,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         rate = self.attention_dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(*qkv, dropout_p=rate)
+        x = F.scaled_dot_product_attention(*qkv, dropout_p=rate)  # (B, heads, N, D / heads)
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 class SwiGLU(nn.Module):
@@ -390,8 +389,6 @@ def normalise(images):
     return ((images - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 # ---- Data: image sets, decoding, crops (App. C) ------------------------------------------------
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's errors
-
 class ImageSet:
     """Images: arrays of paths, labels (-1 = unknown) and splits ("" = none); names of the classes.
     Item (epoch, index), keyed by both and the seed: views a and b, uint8 (3, S, S), a mask (N,)
@@ -431,7 +428,7 @@ class ImageSet:
                         raise ValueError("some of its pixels are NaN")
                     image = Image.fromarray(levels.round().astype(np.uint8))
                 image = image.convert("RGB")
-        except UNREADABLE as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"cannot read the image {path}: {error}") from None
         if min(image.size) > self.side:
             image = ImageOps.cover(image, (self.side, self.side), Image.Resampling.BICUBIC)
@@ -443,7 +440,7 @@ class ImageSet:
         values in up to 500 such images. Raises UserError if none can be read."""
         draws, values = np.random.default_rng(0), []
         for path in draws.permutation(self.paths):
-            with suppress(*UNREADABLE), Image.open(path) as image:
+            with suppress(Exception), Image.open(path) as image:  # below it is named
                 if image.mode[0] in "IF" and len(values) < 500:
                     values.append(draws.choice(np.ravel(image), 10_000))
         if values and not self.config.value_range:
@@ -532,9 +529,12 @@ def draw_flowers(config, count=3072, size=128):
 def make_loader(images, batches):
     """A DataLoader; batches: lists of keys. Its processes share the decoded images, not Ctrl-C."""
     config = images.config
+    def shield(_):  # the first SIGTERM, which a batch system sends to all, is for the run to save
+        os.setsid()
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     return DataLoader(images, batch_sampler=batches, num_workers=config.workers,
                       multiprocessing_context="fork" if config.workers else None,
-                      worker_init_fn=lambda _: os.setsid(), pin_memory="cuda" in config.device)
+                      worker_init_fn=shield, pin_memory="cuda" in config.device)
 
 # ---- Monitors: is it learning, is it collapsing? -----------------------------------------------
 def evaluation_split(images):

@@ -7,6 +7,7 @@ import csv
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -717,10 +718,8 @@ def test_the_readme_shows_the_method_that_is_tested_here():
 
 # ---- Trust: runs that end early ----------------------------------------------------------------
 @pytest.mark.parametrize("stop, number, code", [(1, signal.SIGINT, 130), (3, signal.SIGTERM, 143)])
-def test_a_stopped_and_resumed_run_ends_bit_for_bit_as_if_it_was_not(
-    place, monkeypatch, capsys, stop, number, code
-):
-    """Stopped by a signal after `stop` steps of 8, with dropout."""
+def test_a_stopped_run_resumes_bit_for_bit(place, monkeypatch, capsys, stop, number, code):
+    """After `stop` steps of 8, with dropout; SIGTERM comes to its loader as well, as in Slurm."""
     assert scott.main([*RESUMED, "--out", "whole"]) == 0
     update, calls = scott.MIMJEPA.update_teacher, []
 
@@ -728,12 +727,13 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_as_if_it_was_not(
         update(self, momentum)
         calls.append(1)
         if len(calls) == stop:
-            os.kill(os.getpid(), number)
+            loader = multiprocessing.active_children() if number == signal.SIGTERM else []
+            processes = [str(child.pid) for child in loader] + [str(os.getpid())]
+            subprocess.run(["kill", f"-{number}", *processes], check=True)
 
     monkeypatch.setattr(scott.MIMJEPA, "update_teacher", update_and_signal)
-    capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        scott.main([*RESUMED, "--out", "cut"])
+        scott.main([*RESUMED, "--workers", "1", "--out", "cut"])
     assert stopped.value.code == code
     assert "--resume cut/last.pt" in capsys.readouterr().out
     assert scott.load_checkpoint("cut/last.pt")["step"] == stop

@@ -54,6 +54,7 @@ class ProbeConfig:
     root: str | None = None  # as in scott.py (default: the run's)
     img_size: int | None = None  # side of the input, pixels (default: the run's)
     crop_scale: float | None = None  # as in scott.py (default: the run's)
+    value_range: tuple[float, ...] = ()  # as in scott.py (default: the run's)
     views: Literal["different", "same", "none"] | None = None  # colours (default: the run's)
     color_prob: float | None = None  # as in scott.py (default: the run's)
     flip_prob: float | None = None  # as in scott.py (default: the run's)
@@ -84,7 +85,7 @@ def open_encoder(options):
         raise UserError("give either --ckpt FILE or --random-init MODEL")
     names = {item.name for item in fields(scott.Config)}
     given = {name: value for name, value in asdict(options).items()
-             if name in names and name not in ("out", "epochs", "lr") and value is not None}
+             if name in names and name not in ("out", "epochs", "lr") and value not in (None, ())}
     if options.random_init:
         preset = scott.Config.demo if given.get("data", "demo") == "demo" else {}
         config = scott.resolve(scott.Config(**preset | given | {"model": options.random_init}))
@@ -342,11 +343,10 @@ def open_report(options, config):
     return path, entries
 
 def read_all(images):
-    """Read the images; returns their config, all settled. Raises UserError if one is unreadable."""
+    """Read the images. Raises UserError if one cannot be read."""
     if wrong := images.read(images.config.cache_gib):
         raise UserError(f"{wrong} of the images cannot be read, see above: mend or remove them; a "
                         "result is of all images, or of none")
-    return images.config
 
 def best_point(curve):
     """(epoch, accuracies) of the highest top-1, of equals the earliest."""
@@ -378,7 +378,7 @@ def probe(encoder, options, config):
     print(f"{config.model} ({what}) on {config.data}, {config.img_size} px: {len(split[0]):,} "
           f"training and {len(split[1]):,} test images of {len(images.classes)} classes, "
           f"{config.device} {config.amp}", flush=True)
-    config = read_all(images)
+    read_all(images)
     torch.manual_seed(config.seed)
     results, started = {}, time.time()
     one_view = replace(config, views="none" if config.views == "none" else "same")  # b is not used

@@ -27,7 +27,6 @@ import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from glob import glob
@@ -57,7 +56,7 @@ class Config:
     split: str = "all"  # images to train on: all, train, val, test or trainval
     img_size: int = 224  # side of the input, pixels, a multiple of 16
     crop_scale: float = 0.2  # smallest crop, share of the image's area
-    value_range: tuple[float, ...] = ()  # black, white: 16 bits and floats (default: measured)
+    value_range: tuple[float, ...] = ()  # LOW HIGH: black and white of 16-bit and float images
     views: Literal["different", "same", "none"] = "different"  # colours of the two views
     color_prob: float = 0.6  # probability of a colour pipeline, per view
     flip_prob: float = 0.5  # probability of a horizontal flip
@@ -423,9 +422,10 @@ class ImageSet:
                 image.draft("RGB", (self.side, self.side))  # JPEG: decode at 1/2, 1/4 or 1/8
                 image = ImageOps.exif_transpose(image)
                 if image.mode[0] in "IF":  # 16 bits, floats: scaled alike in the whole set
-                    levels = np.interp(np.asarray(image), self.config.value_range, (0, 255))
-                    if np.isnan(levels).any():
-                        raise ValueError("some of its pixels are NaN")
+                    if len(self.config.value_range) != 2:
+                        raise ValueError("say what is black and white, --value-range LOW HIGH; its "
+                                         "own values are {:g} to {:g}".format(*image.getextrema()))
+                    levels = np.interp(np.nan_to_num(image), self.config.value_range, (0, 255))
                     image = Image.fromarray(levels.round().astype(np.uint8))
                 image = image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -436,17 +436,7 @@ class ImageSet:
 
     def read(self, gib):
         """Read every image, keep about `gib` GiB in memory. Unreadable ones are named and left out;
-        returns how many. Settles the value_range of 16 bits and floats: 0.1 and 99.9 % of the
-        values in up to 500 such images. Raises UserError if none can be read."""
-        draws, values = np.random.default_rng(0), []
-        for path in draws.permutation(self.paths):
-            with suppress(Exception), Image.open(path) as image:  # below it is named
-                if image.mode[0] in "IF" and len(values) < 500:
-                    values.append(draws.choice(np.ravel(image), 10_000))
-        if values and not self.config.value_range:
-            low, high = np.nanquantile(np.concatenate(values), (0.001, 0.999)).tolist()
-            self.config = replace(self.config, value_range=[low, high])
-            print(f"black is {low:g}, white is {high:g}")
+        returns how many. Raises UserError if there is no other."""
         def try_load(index):
             try:
                 return self.load(index)
@@ -512,19 +502,31 @@ def image_folder(config):
 
 def draw_flowers(config, count=3072, size=128):
     """The demo: flowers of 3 to 6 petals, round or pointed (8 classes); the last third is test."""
-    rng, axis, decoded = np.random.default_rng(0), np.linspace(-1, 1, size), {}
-    for i in range(count):
-        x, y = axis - rng.uniform(-0.25, 0.25), axis[:, None] - rng.uniform(-0.25, 0.25)
-        turns = np.arctan2(y, x) / np.pi + rng.uniform(0, 2)
-        across = abs(turns * (3 + i % 8 // 2) % 2 - 1)  # 0: in a petal, 1: between two
-        edge = rng.uniform(0.6, 0.9) * (1 - 0.75 * across ** (1 if i % 2 else 4))
-        petal = rng.permutation([0.85, rng.uniform(0.1, 0.8), 0.15])[:, None, None]
-        grass = np.array([0.6, 1, 0.4])[:, None, None] * rng.uniform(0.25, 0.55)
-        texture = rng.uniform(-0.1, 0.1, (16, 16)).repeat(size // 16, 0).repeat(size // 16, 1)
-        picture = np.where(np.hypot(x, y) < edge, petal * (1 - across / 4), grass + texture)
-        decoded[f"demo {i}"] = torch.tensor(255 * picture.clip(0, 1)).byte()
+    generator, axis = torch.Generator().manual_seed(0), torch.linspace(-1, 1, size)
+    labels, images = torch.arange(count) % 8, []
+    sector = torch.tensor([5.0, 3, 1]).view(3, 1, 1)  # of the hue, of red, green and blue
+    def uniform(low, high, cells=1):
+        return low + (high - low) * torch.rand(len(kind), 1, cells, cells, generator=generator)
+    def texture(cells):
+        return F.interpolate(uniform(-1, 1, cells), (size, size), mode="bicubic")
+    for kind in labels.view(-1, 1, 1, 1).split(256):
+        x, y = axis - uniform(-0.25, 0.25), axis[:, None] - uniform(-0.25, 0.25)
+        radius = torch.hypot(x, y) / uniform(0.6, 0.9)
+        turns = torch.atan2(y, x) / math.pi + uniform(0, 2)
+        across = (turns * (3 + kind // 2) % 2 - 1).abs()  # 0: in a petal, 1: between two
+        edge = 1 - 0.75 * torch.where(kind % 2 == 1, across, across**4)
+        hue = (sector + uniform(0, 6).floor() + uniform(-0.2, 0.2)) % 6
+        petal = 1 - 0.75 * torch.minimum(hue, 4 - hue).clamp(0, 1)
+        petal = petal * (0.9 - 0.25 * across - 0.25 * radius + 0.05 * texture(24))
+        light = uniform(0.3, 0.54) + 0.1 * texture(5) + 0.1 * texture(20)
+        green = torch.cat([uniform(0.5, 0.9), uniform(0.9, 1.2), uniform(0.3, 0.6)], 1)
+        disk = torch.tensor([0.85, 0.65, 0.1]).view(3, 1, 1) * (0.9 + 0.3 * texture(40))
+        picture = torch.where(radius < edge, petal, light * green)
+        picture = torch.where(radius < 0.24, disk, picture)
+        images += (picture.clamp(0, 1) * 255).byte()
+    decoded = {f"demo {i}": image for i, image in enumerate(images)}
     splits = ["train" if i < count * 2 / 3 else "test" for i in range(count)]
-    return ImageSet(config, decoded, np.arange(count) % 8, splits, range(8), decoded)
+    return ImageSet(config, decoded, labels.numpy(), splits, range(8), decoded)
 
 def make_loader(images, batches):
     """A DataLoader; batches: lists of keys. Its processes share the decoded images, not Ctrl-C."""
@@ -623,7 +625,6 @@ class Run:
     def __init__(self, config, method=None):
         self.config, self.images = config, open_data(config)
         self.images.read(config.cache_gib)
-        config = self.config = self.images.config
         self.indices = self.images.select(config.split)
         self.steps = len(self.indices) // config.batch_size  # of an epoch
         self.total = config.epochs * self.steps
@@ -794,9 +795,8 @@ def load_checkpoint(path):
     except Exception:  # foreign files raise errors of all kinds
         raise UserError(f"{path}: missing, no checkpoint, cut short, or with code in it") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this scott.py (format {FORMAT}); an older "
-                        "run goes on with the source.py beside it")
-    checkpoint["config"] = asdict(Config()) | checkpoint["config"]  # flags that are newer than it
+        raise UserError(f"{path}: of another scott.py; go on with the source.py beside it")
+    checkpoint["config"] = asdict(Config(value_range=[0, 65535])) | checkpoint["config"]  # older
     return checkpoint
 
 def noting_signals(batches, noted):

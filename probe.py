@@ -296,12 +296,14 @@ def probe_frozen(encoder, images, split, labels, options, config):
         settings = {"epochs": epochs, "batch_size": config.batch_size, "lr": config.lr,
                     "copies": copies}
         results = {mode: (settings, curve) for mode, curve in curves.items()}
-    closed_forms = {"knn": (scott.knn_scores, {"k": 20, "temperature": 0.07}),
-                    "ridge": (ridge_scores, {})}
-    for mode, (scores_of, settings) in closed_forms.items():
-        if mode in modes:
-            scores = scores_of(train.vectors(), labels[0], test.vectors(), classes)
-            results[mode] = settings, [(None, accuracies(scores, labels[1]))]
+    if {"knn", "ridge"} & {*modes}:
+        vectors = train.vectors(), test.vectors()
+    if "knn" in modes:
+        scores = scott.knn_scores(vectors[0], labels[0], vectors[1], classes)
+        results["knn"] = {"k": 20, "temperature": 0.07}, [(None, accuracies(scores, labels[1]))]
+    if "ridge" in modes:
+        scores = ridge_scores(vectors[0], labels[0], vectors[1], classes)
+        results["ridge"] = {}, [(None, accuracies(scores, labels[1]))]
     return results
 
 def finetune(encoder, images, split, labels, options, config):
@@ -342,12 +344,6 @@ def open_report(options, config):
         raise UserError(f"{path}: not a list, or not to be written; choose another --out")
     return path, entries
 
-def read_all(images):
-    """Read the images. Raises UserError if one cannot be read."""
-    if wrong := images.read(images.config.cache_gib):
-        raise UserError(f"{wrong} of the images cannot be read, see above: mend or remove them; a "
-                        "result is of all images, or of none")
-
 def best_point(curve):
     """(epoch, accuracies) of the highest top-1, of equals the earliest."""
     return max(curve, key=lambda point: point[1]["top1"])
@@ -378,7 +374,9 @@ def probe(encoder, options, config):
     print(f"{config.model} ({what}) on {config.data}, {config.img_size} px: {len(split[0]):,} "
           f"training and {len(split[1]):,} test images of {len(images.classes)} classes, "
           f"{config.device} {config.amp}", flush=True)
-    read_all(images)
+    if wrong := images.read(config.cache_gib):
+        raise UserError(f"{wrong} of the labelled images cannot be read, see above: mend or remove "
+                        "them; a result is of all images, or of none")
     torch.manual_seed(config.seed)
     results, started = {}, time.time()
     one_view = replace(config, views="none" if config.views == "none" else "same")  # b is not used
@@ -441,13 +439,12 @@ def draw_pca(encoder, options, config):
     path = output_path(wanted, ".png")
     if paths:
         images = scott.ImageSet(config, paths, [-1] * len(paths), [""] * len(paths), [])
+        indices = range(len(paths))
     else:
         images = scott.open_data(config)
         rows = np.random.default_rng(config.seed).permutation(len(images.paths))
-        images.keep(rows[images.labels[rows] == images.labels[rows[0]]][:10])
-    read_all(images)
-    crops = torch.stack([images[i] for i in range(len(images.paths))])
-    side = config.img_size // 16
+        indices = rows[images.labels[rows] == images.labels[rows[0]]][:10]
+    crops, side = torch.stack([images[int(i)] for i in indices]), config.img_size // 16
     with torch.no_grad():
         tokens = torch.cat([encoder(scott.normalise(part.to(config.device))).cpu()
                             for part in crops.split(64)])
@@ -468,7 +465,6 @@ def export(encoder, options, config):
     config = replace(config, data=folders[0] if folders else config.data,
                      batch_size=options.batch_size or 64)
     images = scott.open_data(config)
-    read_all(images)
     features = scott.encode(encoder, images, range(len(images.paths))).numpy()
     arrays = {"features": features, "paths": images.paths.astype(str), "labels": images.labels,
               "classes": np.array(images.classes, dtype=str)}

@@ -221,8 +221,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        rate = self.attention_dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(*qkv, dropout_p=rate)  # (B, heads, N, D / heads)
+        x = F.scaled_dot_product_attention(*qkv, dropout_p=self.attention_dropout * self.training)
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 class SwiGLU(nn.Module):
@@ -422,10 +421,11 @@ class ImageSet:
                 image.draft("RGB", (self.side, self.side))  # JPEG: decode at 1/2, 1/4 or 1/8
                 image = ImageOps.exif_transpose(image)
                 if image.mode[0] in "IF":  # 16 bits, floats: scaled alike in the whole set
-                    if len(self.config.value_range) != 2:
+                    span = self.config.value_range
+                    if len(span) != 2 or span[0] >= span[1]:
                         raise ValueError("say what is black and white, --value-range LOW HIGH; its "
                                          "own values are {:g} to {:g}".format(*image.getextrema()))
-                    levels = np.interp(np.nan_to_num(image), self.config.value_range, (0, 255))
+                    levels = np.interp(np.nan_to_num(image), span, (0, 255))
                     image = Image.fromarray(levels.round().astype(np.uint8))
                 image = image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -522,8 +522,7 @@ def draw_flowers(config, count=3072, size=128):
         green = torch.cat([uniform(0.5, 0.9), uniform(0.9, 1.2), uniform(0.3, 0.6)], 1)
         disk = torch.tensor([0.85, 0.65, 0.1]).view(3, 1, 1) * (0.9 + 0.3 * texture(40))
         picture = torch.where(radius < edge, petal, light * green)
-        picture = torch.where(radius < 0.24, disk, picture)
-        images += (picture.clamp(0, 1) * 255).byte()
+        images += (torch.where(radius < 0.24, disk, picture).clamp(0, 1) * 255).byte()
     decoded = {f"demo {i}": image for i, image in enumerate(images)}
     splits = ["train" if i < count * 2 / 3 else "test" for i in range(count)]
     return ImageSet(config, decoded, labels.numpy(), splits, range(8), decoded)
@@ -796,7 +795,8 @@ def load_checkpoint(path):
         raise UserError(f"{path}: missing, no checkpoint, cut short, or with code in it") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path}: of another scott.py; go on with the source.py beside it")
-    checkpoint["config"] = asdict(Config(value_range=[0, 65535])) | checkpoint["config"]  # older
+    older = asdict(Config(value_range=[0, 65535]))  # what was, before there was a flag for it
+    checkpoint["config"] = older | checkpoint["config"]
     return checkpoint
 
 def noting_signals(batches, noted):

@@ -729,7 +729,7 @@ def test_a_stopped_run_resumes_bit_for_bit(place, monkeypatch, capsys, stop, num
         calls.append(1)
         if len(calls) == stop:
             for loader in multiprocessing.active_children() if number == signal.SIGTERM else ():
-                subprocess.run(["kill", f"{loader.pid}"], check=True)  # not by us: torch allows that
+                subprocess.run(["kill", f"{loader.pid}"], check=True)  # torch ignores ours
             signal.raise_signal(number)
 
     monkeypatch.setattr(scott.MIMJEPA, "update_teacher", update_and_signal)

@@ -63,6 +63,7 @@ row no-colours --model scott-3/16 --views none
 row trainval --model scott-3/16 --split trainval --epochs $((epochs * 127 / 31))  # equal steps
 probed "finetuned-$epochs" --mode finetune --ckpt "runs/default-$epochs/last.pt"
 probed scratch --mode finetune --random-init scott-3/16  # 300 epochs with labels
+probed scratch-100 --mode finetune --random-init scott-3/16 --epochs 100 --batch-size 64
 
 # Beside I-JEPA, CAPI and Bootleg: the same recipe, two seeds; MIM-JEPA's first seeds are above.
 row vit-seed-1 --model vit-3/16 --seed 1

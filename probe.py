@@ -99,6 +99,17 @@ def open_encoder(options):
         encoder = load_encoder(options.ckpt, which=config.which)
     return encoder.to(config.device, memory_format=torch.channels_last), config
 
+def load_classifier(path, device="cpu"):
+    """(network, classes) of a finetuned.pt: normalised images (B, 3, H, W) -> logits (B, classes),
+    in eval mode, and the classes' names. Raises UserError."""
+    checkpoint, encoder = scott.load_checkpoint(path), load_encoder(path)
+    if "classes" not in checkpoint:
+        raise UserError(f"{path}: an encoder alone; --mode finetune makes a finetuned.pt of it")
+    head = LinearHead(encoder.embed_dim, len(checkpoint["classes"]))
+    weights = checkpoint["objective"]
+    head.load_state_dict({name: weights[f"head.{name}"] for name in head.state_dict()})
+    return nn.Sequential(encoder, head).eval().to(device), checkpoint["classes"]
+
 # ---- Inputs: images, and tokens that are computed once -----------------------------------------
 def view_batches(images, indices, copy, order):
     """Yields (normalised images (B, 3, S, S), rows (B,)), both on the device, in the given order.
@@ -307,7 +318,8 @@ def probe_frozen(encoder, images, split, labels, options, config):
     return results
 
 def finetune(encoder, images, split, labels, options, config):
-    """The whole network with a linear head; from scratch with pretraining's recipe (Table 6)."""
+    """The whole network with a linear head; from scratch with pretraining's recipe (Table 6). What
+    `load_classifier` wants is left beside the report."""
     epochs = options.epochs or (300 if options.random_init else 100)
     warmup = min(40, epochs * 40 / 300) if options.random_init else min(20, epochs / 5)
     lr = options.lr or (5e-4 if options.random_init else 1e-4)
@@ -321,9 +333,16 @@ def finetune(encoder, images, split, labels, options, config):
     def test_batches(order):
         return view_batches(images, split[1], 0, order)
 
-    head = LinearHead(encoder.embed_dim, len(images.classes))
-    whole = {"finetune": nn.Sequential(encoder.requires_grad_(True), head)}
+    network = nn.ModuleDict({"student": encoder.requires_grad_(True),
+                             "head": LinearHead(encoder.embed_dim, len(images.classes))})
+    whole = {"finetune": nn.Sequential(network["student"], network["head"])}
     curves = fit(whole, train_batches, test_batches, labels, config, evaluations=20)
+    path = output_path(str(open_report(options, config)[0].parent / "finetuned.pt"), ".pt")
+    state = {"format": scott.FORMAT, "config": asdict(config) | {"which": "student"},
+             "images": len(images.paths), "classes": images.classes,
+             "objective": network.state_dict()}
+    scott.write_file(path, partial(torch.save, state))
+    print(f"the network: {path}")
     settings = {"epochs": epochs, "batch_size": config.batch_size, "lr": config.lr, "copies": 0}
     return {"finetune": (settings, curves["finetune"])}
 

@@ -958,7 +958,6 @@ def fit_heads(train, test, classes, epochs=30, **heads):
 
     def batches(epoch, order, tokens=train[0]):
         return ((tokens[rows], rows) for rows in order.split(64))
-
     test_batches = partial(batches, None, tokens=test[0])
     curves = probe.fit(heads, batches, test_batches, (train[1], test[1]), config, evaluations=1)
     return {name: curve[-1][1] for name, curve in curves.items()}
@@ -1009,8 +1008,7 @@ def test_accuracies_by_hand():
 def test_tokens_in_memory_equal_those_computed_again(tmp_path):
     save_images(tmp_path, 5)
     images = open_folder(tmp_path, batch_size=2)
-    calls = []
-    encoder = tiny_encoder().eval()
+    encoder, calls = tiny_encoder().eval(), []
     encoder.register_forward_hook(lambda *_: calls.append(1))
     order = torch.tensor([4, 1, 0, 3, 2])
     for gib, computed in ((1.0, 3), (0.0, 6)):
@@ -1066,19 +1064,18 @@ def test_fine_tuning_trains_the_encoder(tmp_path):
     before = copy.deepcopy(encoder.state_dict())
     split = scott.evaluation_split(images)
     labels = [torch.tensor(images.labels[rows]) for rows in split]
-    options = probe.ProbeConfig(random_init="vit-tiny/16", epochs=1)
+    options = probe.ProbeConfig(random_init="vit-tiny/16", epochs=1, out=f"{tmp_path}/out")
     probe.finetune(encoder, images, split, labels, options, images.config)
     after = encoder.state_dict()
     assert {name for name in before if torch.equal(before[name], after[name])} == {"mask_token"}
 
 def test_an_untrained_encoder_is_probed_and_trained_from_scratch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for kind, value in (("dark", 40), ("light", 200)):
-        for i in range(60):
-            folder = tmp_path / "data" / ("train", "val", "test")[i % 3] / kind
-            folder.mkdir(parents=True, exist_ok=True)
-            noise = np.random.default_rng([value, i]).integers(-40, 40, (40, 40, 3)) + value
-            Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
+    for i in range(120):
+        noise = np.random.default_rng(i).integers(-40, 40, (40, 40, 3)) + (40, 200)[i % 2]
+        folder = tmp_path / "data" / ("train", "val", "test")[i % 3] / ("dark", "light")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
     flags = ["--random-init", "vit-tiny/16", "--data", "data", "--img-size", "32", *PROBE]
     flags += ["--mode", "finetune", "knn", "--epochs", "15", "--batch-size", "8", "--validate"]
     assert probe.main(flags) == 0
@@ -1086,6 +1083,9 @@ def test_an_untrained_encoder_is_probed_and_trained_from_scratch(tmp_path, monke
     assert finetuned["mode"] == "finetune" and finetuned["results"]["top1"] == 100
     assert finetuned["settings"]["which"] is None and finetuned["settings"]["lr"] == 5e-4
     assert knn["best_on_test"] is None and knn["counts"] == {"train": 40, "test": 40, "classes": 2}
+    network, classes = probe.load_classifier("runs/data-vit-tiny-16-untrained/finetuned.pt")
+    grays = torch.tensor([40, 200], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 32, 32)
+    assert [classes[i] for i in network(scott.normalise(grays)).argmax(1)] == ["dark", "light"]
 
 def test_components_show_the_object_and_its_parts():
     """Tokens of a background, and of a disk with two halves: black around, two colours within."""

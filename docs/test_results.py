@@ -37,7 +37,7 @@ def steps(folder):
         return "{:,}".format(int(list(csv.DictReader(file))[-1]["step"]))
 
 CELLS = {"linear": probed("linear"), "attentive": probed("attentive"), "k-NN": probed("knn"),
-         "ridge": probed("ridge"), "fine-tuned": probed("finetune"),
+         "ridge": probed("ridge"), "all trained": probed("finetune"),
          "effective rank": monitored("effective_rank", 0),
          "k-NN while training": monitored("knn_top1", 1), "steps": steps}
 

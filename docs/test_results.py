@@ -61,8 +61,11 @@ def differences(path):
                     yield f"{path.name}: {row[0]}: neither a log, nor a word that there is none"
                 continue
             for header, said in zip(headers, row):
-                expected = CELLS[header](path.parent / link[1]) if header in CELLS else said
-                if said.strip("| ") not in (expected, "-"):
+                said = said.strip("| ")
+                if header not in CELLS or said == "-":
+                    continue
+                expected = CELLS[header](path.parent / link[1])
+                if said != expected:
                     yield f"{path.name}: {row[0]}: {header} is {said}, the log says {expected}"
 
 @pytest.mark.parametrize("path", [DOCS.parent / "README.md", DOCS / "results.md"])

@@ -318,8 +318,8 @@ def probe_frozen(encoder, images, split, labels, options, config):
     return results
 
 def finetune(encoder, images, split, labels, options, config):
-    """The whole network with a linear head; from scratch with pretraining's recipe (Table 6). What
-    `load_classifier` wants is left beside the report."""
+    """The whole network with a linear head; from scratch with pretraining's recipe (Table 6).
+    Returns ({"finetune": (settings, curve)}, network), a dict of `student` and `head`."""
     epochs = options.epochs or (300 if options.random_init else 100)
     warmup = min(40, epochs * 40 / 300) if options.random_init else min(20, epochs / 5)
     lr = options.lr or (5e-4 if options.random_init else 1e-4)
@@ -337,14 +337,8 @@ def finetune(encoder, images, split, labels, options, config):
                              "head": LinearHead(encoder.embed_dim, len(images.classes))})
     whole = {"finetune": nn.Sequential(network["student"], network["head"])}
     curves = fit(whole, train_batches, test_batches, labels, config, evaluations=20)
-    path = output_path(str(open_report(options, config)[0].parent / "finetuned.pt"), ".pt")
-    state = {"format": scott.FORMAT, "config": asdict(config) | {"which": "student"},
-             "images": len(images.paths), "classes": images.classes,
-             "objective": network.state_dict()}
-    scott.write_file(path, partial(torch.save, state))
-    print(f"the network: {path}")
     settings = {"epochs": epochs, "batch_size": config.batch_size, "lr": config.lr, "copies": 0}
-    return {"finetune": (settings, curves["finetune"])}
+    return {"finetune": (settings, curves["finetune"])}, network
 
 # ---- Reports -----------------------------------------------------------------------------------
 def open_report(options, config):
@@ -402,7 +396,8 @@ def probe(encoder, options, config):
     if set(options.mode) - {"finetune"}:
         results |= probe_frozen(encoder, images, split, labels, options, one_view)
     if "finetune" in options.mode:
-        results |= finetune(encoder, images, split, labels, options, one_view)
+        finetuned, network = finetune(encoder, images, split, labels, options, one_view)
+        results |= finetuned
     print(table(results))
     counts = {"train": len(split[0]), "test": len(split[1]), "classes": len(images.classes)}
     shared = ("model", "data", "root", "img_size", "crop_scale", "views", "color_prob", "device",
@@ -421,6 +416,13 @@ def probe(encoder, options, config):
             "minutes": round((time.time() - started) / 60, 2), "torch": torch.__version__})
     scott.write_file(path, json.dumps(entries, indent=1) + "\n")
     print(f"{(time.time() - started) / 60:.1f} min; appended to {path}")
+    if "finetune" in options.mode:  # after the report, which a full disk must not cost
+        path = output_path(f"{path.parent}/finetuned.pt", ".pt")
+        state = {"format": scott.FORMAT, "config": asdict(config) | {"which": "student"},
+                 "images": len(images.paths), "classes": images.classes,
+                 "objective": network.state_dict()}
+        scott.write_file(path, partial(torch.save, state))
+        print(f"the network: {path}")
 
 # ---- Pictures and features ---------------------------------------------------------------------
 def output_path(wanted, ending):

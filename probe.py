@@ -40,6 +40,7 @@ from scott import UserError
 
 # ---- The command line --------------------------------------------------------------------------
 Mode = Literal["linear", "attentive", "knn", "ridge", "finetune"]
+DROPOUTS = "dropout", "attention_dropout", "drop_path"
 
 @dataclass
 class ProbeConfig:
@@ -61,6 +62,9 @@ class ProbeConfig:
     epochs: int | None = None  # default: 100; 300 from scratch
     batch_size: int | None = None  # default: 64; of a whole network the run's
     lr: float | None = None  # peak (default: 5e-4; fine-tuning 1e-4)
+    dropout: float | None = None  # as in scott.py, while fine-tuning (default: the run's)
+    attention_dropout: float | None = None  # likewise
+    drop_path: float | None = None  # likewise
     copies: int | None = None  # crops an image, encoded once; 0: new every epoch (CPU: 20, GPU: 0)
     cache_gib: float = 8.0  # memory for decoded images, and again for tokens, GiB
     seed: int = 0  # of heads, order and crops, and of --random-init
@@ -71,11 +75,12 @@ class ProbeConfig:
     pca: tuple[str, ...] = ()  # OUT.png [IMAGE ...]: draw the tokens' components instead
     export: tuple[str, ...] = ()  # OUT.npz [FOLDER]: write mean-pooled features instead
 
-def load_encoder(path, device="cpu", which=None):
-    """The frozen `scott.ViT`, in eval mode, of a checkpoint; which: None = as its run says."""
+def load_encoder(path, device="cpu", which=None, **changes):
+    """The frozen `scott.ViT`, in eval mode, of a checkpoint; which: None = as its run says;
+    changes: settings other than the run's, as dropout=0.1 for who trains it on."""
     checkpoint = scott.load_checkpoint(path)
     prefix = f"{which or checkpoint['config']['which']}."
-    encoder, weights = scott.encoder_of(checkpoint["config"]), checkpoint["objective"]
+    encoder, weights = scott.encoder_of(checkpoint["config"] | changes), checkpoint["objective"]
     encoder.load_state_dict({name: weights[prefix + name] for name in encoder.state_dict()})
     return encoder.eval().requires_grad_(False).to(device)
 
@@ -96,7 +101,8 @@ def open_encoder(options):
         of_run = {name: value for name, value in checkpoint["config"].items() if name in names}
         own = {"workers": None, "grad_accum_steps": 1}
         config = scott.resolve(scott.Config(**of_run | own | given))
-        encoder = load_encoder(options.ckpt, which=config.which)
+        dropouts = {name: getattr(config, name) for name in DROPOUTS}
+        encoder = load_encoder(options.ckpt, which=config.which, **dropouts)
     return encoder.to(config.device, memory_format=torch.channels_last), config
 
 def load_classifier(path, device="cpu"):
@@ -337,7 +343,8 @@ def finetune(encoder, images, split, labels, options, config):
                              "head": LinearHead(encoder.embed_dim, len(images.classes))})
     whole = {"finetune": nn.Sequential(network["student"], network["head"])}
     curves = fit(whole, train_batches, test_batches, labels, config, evaluations=20)
-    settings = {"epochs": epochs, "batch_size": config.batch_size, "lr": config.lr, "copies": 0}
+    recorded = ("epochs", "batch_size", "lr", *DROPOUTS)
+    settings = {name: getattr(config, name) for name in recorded} | {"copies": 0}
     return {"finetune": (settings, curves["finetune"])}, network
 
 # ---- Reports -----------------------------------------------------------------------------------

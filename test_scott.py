@@ -34,6 +34,7 @@ import scott
 SCOTT = Path(scott.__file__).resolve()
 TINY = ["--model", "scott-tiny/16", "--epochs", "1", "--batch-size", "8", "--img-size", "32",
         "--predictor-depth", "1", "--workers", "0", "--amp", "fp32"]
+PROBE = ["--workers", "0", "--amp", "fp32"]
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -943,10 +944,9 @@ def test_encoding_and_heads_neither_wait_for_a_gpu_nor_mix_devices(on_gpu):
     with torch.no_grad():
         tokens = encoder(scott.normalise(on_gpu[0])).float()
     assert tokens.mean(1).shape == (8, 192)
-    labels = torch.zeros(8, dtype=torch.long, device="meta")
     for head in probe.HEADS.values():
         head = head(192, 5).to_empty(device="meta").train()
-        F.cross_entropy(head(tokens), labels).backward()
+        F.cross_entropy(head(tokens), torch.zeros(8, dtype=torch.long, device="meta")).backward()
         assert all(weight.grad.device.type == "meta" for weight in head.parameters())
 
 # ---- Probes ------------------------------------------------------------------------------------
@@ -1022,14 +1022,11 @@ def test_tokens_in_memory_equal_those_computed_again(tmp_path):
     plain = encoder(scott.normalise(torch.stack([images[i] for i in range(5)])))
     assert torch.allclose(centre, plain, atol=2e-2)
     assert not torch.allclose(centre[order], first, atol=0.1)  # copy 1 is a random crop
-    pooled = probe.FrozenTokens(encoder, images, range(5), pooled=True)
-    for part in (tokens, pooled):
+    for part in (tokens, probe.FrozenTokens(encoder, images, range(5), pooled=True)):
         assert torch.allclose(part.vectors(), plain.mean(1), atol=1e-2)
 
 def entries(folder):
     return json.loads((folder / "probe.json").read_text())
-
-PROBE = ["--workers", "0", "--amp", "fp32"]
 
 def test_probes_of_a_run_are_reported_and_appended(run, tmp_path, monkeypatch, capsys):
     folder, _ = run
@@ -1078,12 +1075,15 @@ def test_an_untrained_encoder_is_probed_and_trained_from_scratch(tmp_path, monke
         Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
     flags = ["--random-init", "vit-tiny/16", "--data", "data", "--img-size", "32", *PROBE]
     flags += ["--mode", "finetune", "knn", "--epochs", "15", "--batch-size", "8", "--validate"]
-    assert probe.main(flags) == 0
+    assert probe.main([*flags, "--dropout", "0.3"]) == 0
     knn, finetuned = entries(tmp_path / "runs/data-vit-tiny-16-untrained")
     assert finetuned["mode"] == "finetune" and finetuned["results"]["top1"] == 100
     assert finetuned["settings"]["which"] is None and finetuned["settings"]["lr"] == 5e-4
     assert knn["best_on_test"] is None and knn["counts"] == {"train": 40, "test": 40, "classes": 2}
-    network, classes = probe.load_classifier("runs/data-vit-tiny-16-untrained/finetuned.pt")
+    path = "runs/data-vit-tiny-16-untrained/finetuned.pt"
+    network, classes = probe.load_classifier(path)
+    assert network[0].dropout == finetuned["settings"]["dropout"] == 0.3
+    assert probe.open_encoder(probe.ProbeConfig(ckpt=path, dropout=0.4))[0].dropout == 0.4
     shown = scott.normalise(torch.tensor([40, 200]).view(2, 1, 1, 1).expand(2, 3, 32, 32) / 255)
     assert classes == ["dark", "light"] and network(shown).softmax(1).diag().min() > 0.9
 

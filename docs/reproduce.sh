@@ -61,7 +61,10 @@ probed vit-untrained --random-init vit-3/16
 row vit --model vit-3/16
 row no-colours --model scott-3/16 --views none
 row trainval --model scott-3/16 --split trainval --epochs $((epochs * 127 / 31))  # equal steps
-probed "finetuned-$epochs" --mode finetune --ckpt "runs/default-$epochs/last.pt"
+for run in default seed-1; do  # fine-tuned by the recipe of scratch-100 below
+    probed "finetuned-$run-$epochs" --mode finetune --ckpt "runs/$run-$epochs/last.pt" \
+        --lr 5e-4 --dropout 0.2 --attention-dropout 0.1 --drop-path 0.1
+done
 probed scratch --mode finetune --random-init scott-3/16  # 300 epochs with labels
 probed scratch-100 --mode finetune --random-init scott-3/16 --epochs 100 --batch-size 64
 

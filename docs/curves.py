@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 DOCS = Path(__file__).resolve().parent
 RUNS = (  # folder, what it is, colour (Okabe and Ito's, told apart by the colour-blind)
     ("default-24", "SCOTT-3/16", "#0072B2"),
+    ("seed-1-24", "SCOTT-3/16, seed 1", "#56B4E9"),
     ("vit-24", "ViT-3/16", "#D55E00"),
     ("random-24", "SCOTT, random masks", "#009E73"),
 )
@@ -34,7 +35,7 @@ class Panel:
     """A plot of (epoch, value) points with its axes, on a part of a picture."""
     def __init__(self, draw, offset, title, epochs, highest):
         self.draw, self.offset, self.epochs, self.highest = draw, offset, epochs, highest
-        self.font = ImageFont.load_default(11 * SCALE)
+        self.font, self.marks = ImageFont.load_default(11 * SCALE), []
         self.text((LEFT, 8), title)
         step = 10 if highest <= 80 else 20
         for value in range(0, highest + 1, step):
@@ -67,10 +68,16 @@ class Panel:
             self.line(ends, color, 1)
 
     def mark(self, value, color, words):
-        """A point at the end of a run, with what it is."""
+        """A point at the end of a run, with what it is; another of that name is close: without."""
         x, y = self.place(self.epochs, value)
         radius = 3.5 * SCALE
         self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), color)
+        close = [(other, name) for other, name in self.marks if abs(other - value) < 3]
+        self.marks.append((value, words))
+        if words in [name for _, name in close]:
+            return
+        if close:  # beside another name: above it or below
+            y += 9 * SCALE if value < close[0][0] else -9 * SCALE
         self.draw.text((x + 6 * SCALE, y), words, color, self.font, "lm")
 
 def draw_curves(folder, path):

@@ -53,6 +53,7 @@ probed() {  # NAME and flags of probe.py
 }
 
 probed untrained --random-init scott-3/16
+probed untrained-seed-1 --random-init scott-3/16 --seed 1
 row default --model scott-3/16
 row seed-1 --model scott-3/16 --seed 1
 row hidden-blocks --model scott-3/16 --mask hidden-blocks

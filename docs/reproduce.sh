@@ -68,6 +68,7 @@ for run in default seed-1; do  # fine-tuned by the recipe of scratch-100 below
 done
 probed scratch --mode finetune --random-init scott-3/16  # 300 epochs with labels
 probed scratch-100 --mode finetune --random-init scott-3/16 --epochs 100 --batch-size 64
+probed vit-scratch-100 --mode finetune --random-init vit-3/16 --epochs 100 --batch-size 64
 
 # Beside I-JEPA, CAPI and Bootleg: the same recipe, two seeds; MIM-JEPA's first seeds are above.
 row vit-seed-1 --model vit-3/16 --seed 1

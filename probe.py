@@ -77,12 +77,18 @@ class ProbeConfig:
 
 def load_encoder(path, device="cpu", which=None, **changes):
     """The frozen `scott.ViT`, in eval mode, of a checkpoint; which: None = as its run says;
-    changes: settings other than the run's, as dropout=0.1 for who trains it on."""
-    checkpoint = scott.load_checkpoint(path)
-    prefix = f"{which or checkpoint['config']['which']}."
-    encoder, weights = scott.encoder_of(checkpoint["config"] | changes), checkpoint["objective"]
+    changes: settings other than the run's, as dropout=0.1 for who trains it on. Raises UserError
+    for other files, TypeError for what is no setting."""
+    return encoder_in(scott.load_checkpoint(path), which, **changes).to(device)
+
+def encoder_in(checkpoint, which=None, **changes):
+    """`load_encoder` of a checkpoint that has been read."""
+    config, weights = checkpoint["config"], checkpoint["objective"]
+    if unknown := changes.keys() - config.keys():
+        raise TypeError(f"load_encoder: no setting of a run: {', '.join(sorted(unknown))}")
+    encoder, prefix = scott.encoder_of(config | changes), f"{which or config['which']}."
     encoder.load_state_dict({name: weights[prefix + name] for name in encoder.state_dict()})
-    return encoder.eval().requires_grad_(False).to(device)
+    return encoder.eval().requires_grad_(False)
 
 def open_encoder(options):
     """(frozen encoder in eval mode, `scott.Config`): the run's settings, and what was given."""
@@ -102,17 +108,17 @@ def open_encoder(options):
         own = {"workers": None, "grad_accum_steps": 1}
         config = scott.resolve(scott.Config(**of_run | own | given))
         dropouts = {name: getattr(config, name) for name in DROPOUTS}
-        encoder = load_encoder(options.ckpt, which=config.which, **dropouts)
+        encoder = encoder_in(checkpoint, config.which, **dropouts)
     return encoder.to(config.device, memory_format=torch.channels_last), config
 
 def load_classifier(path, device="cpu"):
     """(network, classes) of a finetuned.pt: normalised images (B, 3, H, W) -> logits (B, classes),
     in eval mode, and the classes' names. Raises UserError."""
-    checkpoint, encoder = scott.load_checkpoint(path), load_encoder(path)
+    checkpoint = scott.load_checkpoint(path)
     if "classes" not in checkpoint:
         raise UserError(f"{path}: an encoder alone; --mode finetune makes a finetuned.pt of it")
+    encoder, weights = encoder_in(checkpoint), checkpoint["objective"]
     head = LinearHead(encoder.embed_dim, len(checkpoint["classes"]))
-    weights = checkpoint["objective"]
     head.load_state_dict({name: weights[f"head.{name}"] for name in head.state_dict()})
     return nn.Sequential(encoder, head).eval().to(device), checkpoint["classes"]
 

@@ -189,8 +189,7 @@ def test_masks_hide_the_asked_number_any_position_and_repeat_with_their_generato
 def test_blocks_are_visible_and_with_hidden_blocks_hidden():
     """How often corners, edges and the middle are hidden (docs/differences.md)."""
     def shares(kind):
-        masks = torch.stack([scott.MASKS[kind]((14, 14), 0.6) for _ in range(600)])
-        hidden = masks.float().mean(0)
+        hidden = sum(scott.MASKS[kind]((14, 14), 0.6).float() for _ in range(600)) / 600
         corners, middle = hidden[[0, 0, -1, -1], [0, -1, 0, -1]], hidden[6:8, 6:8]
         return corners.mean(), hidden[0, 4:10].mean(), middle.mean()
 
@@ -549,8 +548,7 @@ def test_a_copy_of_scott_alone_runs_its_own_code_and_leaves_all_of_a_run(run):
     folder, printed = run
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["config.json", "last.pt", "metrics.csv", "preview.png", "source.py"]
-    own = folder.parent.parent / "my_scott.py"
-    assert (folder / "source.py").read_text() == own.read_text()
+    assert (folder / "source.py").read_text() == (folder.parents[1] / "my_scott.py").read_text()
     config = json.loads((folder / "config.json").read_text())
     assert config["epochs"] == 2 and config["device"] != "auto"
     rows = rows_of(folder)
@@ -570,6 +568,10 @@ def test_a_checkpoint_holds_both_encoders(run):
         assert torch.equal(weight, weights[f"teacher.{name}"])
     assert not all(map(torch.equal, student.parameters(), by_default.parameters()))
     assert by_default(torch.rand(1, 3, 48, 32)).shape == (1, 6, 192)
+    with pytest.raises(TypeError, match="no setting of a run: droput"):
+        probe.load_encoder(path, droput=0.1)
+    with pytest.raises(scott.UserError, match="last.pt: an encoder alone"):
+        probe.load_classifier(path)
 
 def test_batches_visit_every_image_once_an_epoch_and_resume_anywhere(tmp_path):
     save_images(tmp_path, 11)
@@ -713,7 +715,7 @@ def test_a_method_may_draw_masks_group_its_parameters_and_have_a_teacher(place):
     assert [group["weight_decay"] for group in groups] == [0.4, 0.0, 0.4, 0.0]
 
 def test_the_readme_shows_the_method_that_is_tested_here():
-    readme = (SCOTT.parent / "README.md").read_text()
+    readme = SCOTT.with_name("README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     (shown,) = (block for block in blocks if "class Pixels" in block)
     assert inspect.getsource(Pixels).strip() in shown
@@ -932,10 +934,9 @@ def test_a_step_neither_waits_for_a_gpu_nor_mixes_devices(on_gpu, model):
     rates = {"dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.1}
     encoder = scott.create_encoder(model, **rates, registers=1)
     objective = scott.MIMJEPA(encoder, 1).to_empty(device="meta").train()
-    optimizer = torch.optim.AdamW(scott.parameter_groups(objective.parameters()))
     parts = scott.Config(device="cpu", amp="fp32", grad_accum_steps=2)  # the device of autocast
     loss = scott.backward(objective, (view_a, view_b, mask), parts)
-    optimizer.step()
+    torch.optim.AdamW(scott.parameter_groups(objective.parameters())).step()
     objective.update_teacher(0.9)
     assert loss.device.type == objective.student.mask_token.grad.device.type == "meta"
 
@@ -1044,8 +1045,7 @@ def test_probes_of_a_run_are_reported_and_appended(run, tmp_path, monkeypatch, c
         assert entry["counts"] == {"train": 20, "test": 4, "classes": 2}
         assert entry["settings"]["which"] == "teacher" and entry["seed"] == 0
     assert first[0]["best_on_test"]["top1"] >= first[0]["results"]["top1"]
-    # k-NN is what the run's monitor said
-    monitored = float(rows_of(folder)[-1]["knn_top1"])
+    monitored = float(rows_of(folder)[-1]["knn_top1"])  # k-NN, by the run itself
     assert first[2]["results"]["top1"] == pytest.approx(monitored)
     assert probe.main([*flags, "--mode", "linear"]) == 0
     again = entries(folder)

@@ -230,19 +230,35 @@ def accuracies(scores, labels):
     return {"top1": 100 * top1, "interval": interval, "top5": 100 * top5,
             "per_class": 100 * (right / counts)[counts > 0].mean().item()}
 
-def fit(heads, train, test, labels, config, evaluations):
+def restore(path, owner, heads, optimizer):
+    """Load what `fit` saved; returns how many epochs were done, and their curves. Raises UserError
+    if it is of another owner."""
+    state = scott.load_checkpoint(path)
+    if state.get("owner") != owner:
+        raise UserError(f"{path}: left by another fine-tuning, which its own command would end; "
+                        "choose another --out, or remove it")
+    heads.load_state_dict(state["objective"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"going on after epoch {state['epoch']}, by {path}", flush=True)
+    return state["epoch"], state["curves"]
+
+def fit(heads, train, test, labels, config, evaluations, kept=None):
     """Train all `heads` in one pass by cross-entropy, with the optimiser and schedules of
     pretraining (App. E.2); returns {head: [(epoch, accuracies)]}. Raises UserError.
     heads: {name: module}; train(epoch, order), test(order): generators of (inputs, rows), in that
     order of rows; labels: of the training and the test rows, on the device; config: epochs,
-    warmup_epochs, batch_size, lr; evaluations: how often, at most, the test set is looked at."""
-    started, curves = time.time(), {name: [] for name in heads}
+    warmup_epochs, batch_size, lr; evaluations: how often, at most, the test set is looked at;
+    kept: (path, dict that says whose it is) of a file to save to each time, and to go on from."""
+    started, first, curves = time.time(), 0, {name: [] for name in heads}
     heads = nn.ModuleDict(heads).to(config.device)
     optimizer = torch.optim.AdamW(scott.parameter_groups(heads.parameters()), fused=True)
     steps = math.ceil(len(labels[0]) / config.batch_size)
     total, warmup = config.epochs * steps, round(config.warmup_epochs * steps)
-    for epoch in range(config.epochs):
+    if kept and kept[0].exists():
+        first, curves = restore(*kept, heads, optimizer)
+    for epoch in range(first, config.epochs):
         heads.train()
+        torch.manual_seed(hash((config.seed, epoch)))  # of dropout
         order = np.random.default_rng([config.seed, epoch]).permutation(len(labels[0]))
         for step, (inputs, rows) in enumerate(train(epoch, torch.tensor(order)), epoch * steps):
             lr = scott.lr_schedule(step, total, warmup, peak=config.lr)
@@ -269,9 +285,15 @@ def fit(heads, train, test, labels, config, evaluations):
         for name in heads:
             curves[name].append((done, accuracies(torch.cat(scores[name]), labels[1])))
         text = ", ".join(f"{name} {curves[name][-1][1]['top1']:.1f} %" for name in heads)
-        left = (time.time() - started) / done * (config.epochs - done) / 60
+        left = (time.time() - started) / (done - first) * (config.epochs - done) / 60
         if done * 10 // config.epochs > epoch * 10 // config.epochs:
             print(f"epoch {done} of {config.epochs}: {text}, {left:.1f} min left", flush=True)
+        if kept:
+            path, owner = kept
+            state = {"format": scott.FORMAT, "config": {}, "owner": owner}
+            state |= {"epoch": done, "curves": curves}
+            state |= {"objective": heads.state_dict(), "optimizer": optimizer.state_dict()}
+            scott.write_file(path, partial(torch.save, state))
     return curves
 
 def ridge_scores(train, labels, test, classes):
@@ -329,8 +351,9 @@ def probe_frozen(encoder, images, split, labels, options, config):
         results["ridge"] = {}, [(None, accuracies(scores, labels[1]))]
     return results
 
-def finetune(encoder, images, split, labels, options, config):
+def finetune(encoder, images, split, labels, options, config, path):
     """The whole network with a linear head; from scratch with pretraining's recipe (Table 6).
+    path: of the file by which the same command goes on if it was stopped.
     Returns ({"finetune": (settings, curve)}, network), a dict of `student` and `head`."""
     epochs = options.epochs or (300 if options.random_init else 100)
     warmup = min(40, epochs * 40 / 300) if options.random_init else min(20, epochs / 5)
@@ -348,7 +371,10 @@ def finetune(encoder, images, split, labels, options, config):
     network = nn.ModuleDict({"student": encoder.requires_grad_(True),
                              "head": LinearHead(encoder.embed_dim, len(images.classes))})
     whole = {"finetune": nn.Sequential(network["student"], network["head"])}
-    curves = fit(whole, train_batches, test_batches, labels, config, evaluations=20)
+    asked = {name: value for name, value in asdict(options).items() if name not in scott.FREE}
+    counts = [len(rows) for rows in split]
+    owner = asked | {"which": config.which, "epochs": epochs, "images": counts}
+    curves = fit(whole, train_batches, test_batches, labels, config, 20, (path, owner))
     recorded = ("epochs", "batch_size", "lr", *DROPOUTS)
     settings = {name: getattr(config, name) for name in recorded} | {"copies": 0}
     return {"finetune": (settings, curves["finetune"])}, network
@@ -394,7 +420,7 @@ def probe(encoder, options, config):
     split = scott.evaluation_split(images)
     if split is None:
         raise UserError(f"{config.data}: a probe needs labelled images of at least two classes")
-    open_report(options, config)
+    unfinished = open_report(options, config)[0].with_name("finetuning.pt")
     labels = [torch.tensor(images.labels[rows], device=config.device) for rows in split]
     what = f"untrained, seed {config.seed}" if options.random_init else config.which
     print(f"{config.model} ({what}) on {config.data}, {config.img_size} px: {len(split[0]):,} "
@@ -409,7 +435,7 @@ def probe(encoder, options, config):
     if set(options.mode) - {"finetune"}:
         results |= probe_frozen(encoder, images, split, labels, options, one_view)
     if "finetune" in options.mode:
-        finetuned, network = finetune(encoder, images, split, labels, options, one_view)
+        finetuned, network = finetune(encoder, images, split, labels, options, one_view, unfinished)
         results |= finetuned
     print(table(results))
     counts = {"train": len(split[0]), "test": len(split[1]), "classes": len(images.classes)}
@@ -435,6 +461,7 @@ def probe(encoder, options, config):
                  "images": len(images.paths), "classes": images.classes,
                  "objective": network.state_dict()}
         scott.write_file(path, partial(torch.save, state))
+        unfinished.unlink()
         print(f"the network: {path}")
 
 # ---- Pictures and features ---------------------------------------------------------------------

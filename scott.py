@@ -892,7 +892,7 @@ def main(argv=None, run=train, cls=Config):
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: no step was under way, there is nothing to save", file=sys.stderr)
+        print("stopped: nothing to save beyond what is on disk", file=sys.stderr)
         return 130
     return 0
 

@@ -86,8 +86,11 @@ def encoder_in(checkpoint, which=None, **changes):
     config, weights = checkpoint["config"], checkpoint["objective"]
     if unknown := changes.keys() - config.keys():
         raise TypeError(f"load_encoder: no setting of a run: {', '.join(sorted(unknown))}")
-    encoder, prefix = scott.encoder_of(config | changes), f"{which or config['which']}."
-    encoder.load_state_dict({name: weights[prefix + name] for name in encoder.state_dict()})
+    encoder, which = scott.encoder_of(config | changes), which or config["which"]
+    if f"{which}.mask_token" not in weights:
+        raise UserError(f"the checkpoint holds no {which}: of a fine-tuned network, one without a "
+                        "teacher, or one that is not done; try --which student")
+    encoder.load_state_dict({name: weights[f"{which}.{name}"] for name in encoder.state_dict()})
     return encoder.eval().requires_grad_(False)
 
 def open_encoder(options):
@@ -290,9 +293,9 @@ def fit(heads, train, test, labels, config, evaluations, kept=None):
             print(f"epoch {done} of {config.epochs}: {text}, {left:.1f} min left", flush=True)
         if kept:
             path, owner = kept
-            state = {"format": scott.FORMAT, "config": {}, "owner": owner}
-            state |= {"epoch": done, "curves": curves}
-            state |= {"objective": heads.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"format": scott.FORMAT, "config": {}, "owner": owner,
+                     "epoch": done, "curves": curves, "objective": heads.state_dict(),
+                     "optimizer": optimizer.state_dict()}
             scott.write_file(path, partial(torch.save, state))
     return curves
 

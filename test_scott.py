@@ -705,8 +705,7 @@ def test_a_method_may_draw_masks_group_its_parameters_and_have_a_teacher(place):
     assert [group["weight_decay"] for group in groups] == [0.4, 0.0, 0.4, 0.0]
 
 def test_the_readme_shows_the_method_that_is_tested_here():
-    readme = SCOTT.with_name("README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", SCOTT.with_name("README.md").read_text(), re.DOTALL)
     (shown,) = (block for block in blocks if "class Pixels" in block)
     assert inspect.getsource(Pixels).strip() in shown
 
@@ -1058,6 +1057,7 @@ def test_fine_tuning_trains_the_encoder_and_goes_on_where_it_was_stopped(
     assert "cut/finetuning.pt: left by another" in capsys.readouterr().err
     assert probe.main([*flags, f"{tmp_path}/cut"]) == 0
     assert "going on after epoch 1" in capsys.readouterr().out
+    assert probe.main(["--ckpt", f"{tmp_path}/cut/finetuned.pt", "--which", "teacher"]) == 2
     whole, cut = (scott.load_checkpoint(tmp_path / f"{name}/finetuned.pt")["objective"]
                   for name in ("whole", "cut"))
     assert_equal(cut, whole)
@@ -1227,7 +1227,8 @@ def test_demo_is_the_default_and_a_given_flag_wins():
     assert (demo.data, demo.model, demo.img_size) == ("demo", "scott-tiny/16", 64)
     given = scott.parse_config(["--img-size", "96", "--which", "teacher"])
     assert (given.img_size, given.which, given.model) == (96, "teacher", "scott-tiny/16")
-    assert scott.parse_config(["--data", "flowers102"]) == scott.Config(data="flowers102")
+    paper = scott.Config(data="flowers102", model="scott-12/16")
+    assert scott.parse_config(["--data", "flowers102"]) == paper
 
 @pytest.mark.parametrize("module, config", [(scott, scott.Config), (probe, probe.ProbeConfig)])
 def test_help_shows_every_flag_with_its_text(monkeypatch, capsys, module, config):

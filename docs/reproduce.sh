@@ -60,9 +60,10 @@ row hidden-blocks --model scott-3/16 --mask hidden-blocks
 row random --model scott-3/16 --mask random
 probed vit-untrained --random-init vit-3/16
 row vit --model vit-3/16
+row vit-seed-1 --model vit-3/16 --seed 1
 row no-colours --model scott-3/16 --views none
 row trainval --model scott-3/16 --split trainval --epochs $((epochs * 127 / 31))  # equal steps
-for run in default seed-1; do  # fine-tuned by the recipe of scratch-100 below
+for run in default seed-1 vit-seed-1; do  # fine-tuned by the recipe of scratch-100 below
     probed "finetuned-$run-$epochs" --mode finetune --ckpt "runs/$run-$epochs/last.pt" \
         --lr 5e-4 --dropout 0.2 --attention-dropout 0.1 --drop-path 0.1
 done
@@ -70,8 +71,7 @@ probed scratch --mode finetune --random-init scott-3/16  # 300 epochs with label
 probed scratch-100 --mode finetune --random-init scott-3/16 --epochs 100 --batch-size 64
 probed vit-scratch-100 --mode finetune --random-init vit-3/16 --epochs 100 --batch-size 64
 
-# Beside I-JEPA, CAPI and Bootleg: the same recipe, two seeds; MIM-JEPA's first seeds are above.
-row vit-seed-1 --model vit-3/16 --seed 1
+# Beside I-JEPA, CAPI and Bootleg: the same recipe, two seeds; MIM-JEPA's are above.
 for model in vit scott; do
     for seed in 0 1; do
         for other in ijepa capi bootleg; do

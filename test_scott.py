@@ -173,7 +173,6 @@ def test_visible_tokens_and_all_outputs_know_nothing_of_hidden_pixels(tokenizer,
 def test_masks_hide_the_asked_number_any_position_and_repeat_with_their_generator(kind, grid):
     def draw(ratio, seed):
         return scott.MASKS[kind](grid, ratio, torch.Generator().manual_seed(seed))
-
     for ratio in (0.05, 0.3, 0.6, 0.95):
         masks = torch.stack([draw(ratio, seed) for seed in range(100 if ratio == 0.6 else 5)])
         assert masks.shape[1:] == grid and masks.dtype == torch.bool
@@ -187,7 +186,6 @@ def test_blocks_are_visible_and_with_hidden_blocks_hidden():
         hidden = sum(scott.MASKS[kind]((14, 14), 0.6).float() for _ in range(600)) / 600
         corners, middle = hidden[[0, 0, -1, -1], [0, -1, 0, -1]], hidden[6:8, 6:8]
         return corners.mean(), hidden[0, 4:10].mean(), middle.mean()
-
     for found, expected in ((shares("blockwise"), (0.95, 0.81, 0.26)),
                             (shares("hidden-blocks"), (0.09, 0.33, 0.93)),
                             (shares("random"), (0.60, 0.60, 0.60))):
@@ -197,7 +195,6 @@ def test_what_the_blocks_are_lies_together_and_is_smaller_than_the_grid():
     def neighbours(kind, hidden, grid=(14, 14)):
         masks = [scott.MASKS[kind](grid, 0.6) == hidden for _ in range(100)]
         return sum(float((m[1:] & m[:-1]).sum() / m.sum()) for m in masks) / 100
-
     for kind, hidden in (("blockwise", False), ("hidden-blocks", True)):
         assert neighbours(kind, hidden) > neighbours("random", hidden) + 0.1
         flat = neighbours("random", hidden, (2, 40))  # of two rows a block has one
@@ -401,11 +398,9 @@ def save_odd_images(folder):
     folder.mkdir(parents=True)
     red, white, gray, blue = (255, 0, 0), (255,) * 3, (128,) * 3, (0, 0, 255)
     colors = {}
-
     def save(name, color, image, **options):
         image.save(folder / name, **options)
         colors[name] = color
-
     half = Image.new("RGB", (40, 30))
     half.paste(red, (0, 0, 20, 30))  # the left half is red, the right half black
     exif = Image.Exif()
@@ -465,6 +460,19 @@ def test_knn_and_ridge_find_clusters_and_nothing_in_noise(scores_of):
     for features, low, high in ((centres + 0.1 * noise, 0.9, 1), (noise, 0.1, 0.4)):
         scores = scores_of(features[:200], labels[:200], features[200:], 4)
         assert low <= (scores.argmax(1) == labels[200:]).float().mean() <= high
+
+def test_ridge_has_the_penalty_by_which_most_vectors_are_right_when_left_out():
+    labels, everyone = torch.arange(60) % 6, torch.arange(60)
+    x = (torch.randn(6, 20)[labels] + torch.randn(60, 20)).double()
+    inputs = torch.cat([(x - x.mean(0)) / x.std(0), torch.ones(60, 1)], 1)
+    def scores(rows, penalty):  # of all, learned on some; the intercept is not penalised
+        gram = inputs[rows].T @ inputs[rows] + penalty * (torch.arange(21) < 20).diag()
+        targets = F.one_hot(labels[rows], 6).double()
+        return inputs @ torch.linalg.solve(gram, inputs[rows].T @ targets)
+    def right(penalty):
+        return sum(scores(everyone != i, penalty)[i].argmax() == labels[i] for i in range(60))
+    best = max((right(penalty), penalty) for penalty in 10.0 ** np.arange(-2, 7))[1]
+    assert torch.allclose(probe.ridge_scores(x, labels, x, 6), scores(everyone, best))
 
 def test_effective_rank_counts_directions():
     assert scott.effective_rank(torch.randn(4096, 32) + 7) == pytest.approx(32, abs=0.5)
@@ -566,11 +574,9 @@ def test_a_checkpoint_holds_both_encoders(run):
 def test_batches_visit_every_image_once_an_epoch_and_resume_anywhere(tmp_path):
     save_images(tmp_path, 11)
     flags = ["--data", str(tmp_path), *TINY, "--batch-size", "3", "--epochs", "3"]
-
     def keys(*more, start=0):
         run = scott.Run(scott.resolve(scott.parse_config([*flags, *more])))
         return list(run.batches(start).batch_sampler)
-
     whole = keys()
     assert [{epoch for epoch, _ in batch} for batch in whole] == [{0}] * 3 + [{1}] * 3 + [{2}] * 3
     for epoch in range(3):
@@ -604,7 +610,6 @@ def test_other_masks_models_and_views_train(place, kind):
 def test_a_collapse_is_called_one(place, monkeypatch, capsys):
     def collapse(self, view_a, view_b, mask):
         return self.student(view_a, mask).std(1).mean() + self.student(view_a).std(0).mean()
-
     train_here()
     assert "collapse" not in capsys.readouterr().out
     monkeypatch.setattr(scott.MIMJEPA, "forward", collapse)
@@ -685,19 +690,15 @@ def test_a_method_may_draw_masks_group_its_parameters_and_have_a_teacher(place):
         def draw_masks(self, count, grid, generator):
             hidden = torch.rand(count, math.prod(grid), generator=generator) < 0.5
             return hidden, torch.arange(count)
-
         def forward(self, view_a, view_b, hidden, numbers):
             assert numbers.tolist() == list(range(8))
             masks.append(hidden)
             return super().forward(view_a, view_b, hidden)
-
         def update_teacher(self, momentum):
             momenta.append(momentum)
-
         def parameter_groups(self):
             slow = scott.parameter_groups(self.student.parameters(), 0.5)
             return slow + scott.parameter_groups(self.head.parameters())
-
     train_here("--which", "student", "--lr-end", "0.125", "--out", "own", method=Own)
     assert momenta == [0.996, 1.0] and not torch.equal(*masks)
     groups = scott.load_checkpoint("own/last.pt")["optimizer"]["param_groups"]
@@ -715,7 +716,6 @@ def test_a_stopped_run_resumes_bit_for_bit(place, monkeypatch, capsys, stop, num
     """After `stop` steps of 8, with dropout; SIGTERM comes to its loader as well, as in Slurm."""
     assert scott.main([*RESUMED, "--out", "whole"]) == 0
     update, calls = scott.MIMJEPA.update_teacher, []
-
     def update_and_signal(self, momentum):
         update(self, momentum)
         calls.append(1)
@@ -723,7 +723,6 @@ def test_a_stopped_run_resumes_bit_for_bit(place, monkeypatch, capsys, stop, num
             for loader in multiprocessing.active_children() if number == signal.SIGTERM else ():
                 subprocess.run(["kill", f"{loader.pid}"], check=True)  # torch ignores ours
             signal.raise_signal(number)
-
     monkeypatch.setattr(scott.MIMJEPA, "update_teacher", update_and_signal)
     with pytest.raises(SystemExit) as stopped:
         scott.main([*RESUMED, "--workers", "1", "--out", "cut"])
@@ -776,10 +775,8 @@ def test_kills_at_random_moments_of_steps_and_saves_lose_nothing(place, kills):
     rng, last = np.random.default_rng(kills), Path("killed/last.pt")
     settings = [*RESUMED, "--epochs", str(10 + 4 * kills), "--knn-every", "9"]
     flags = [*settings, "--save-minutes", "0", "--out", "killed"]
-
     def saved():
         return last.stat().st_mtime_ns if last.exists() else 0
-
     for _ in range(kills):
         before = saved()
         process = subprocess.Popen([sys.executable, SCOTT, *flags], stdout=subprocess.DEVNULL)
@@ -797,11 +794,9 @@ def test_kills_at_random_moments_of_steps_and_saves_lose_nothing(place, kills):
 
 def test_a_loss_that_is_not_finite_stops_the_run(place, monkeypatch, capsys):
     forward, calls = scott.MIMJEPA.forward, []
-
     def break_at_step_4(self, *views):
         calls.append(1)
         return forward(self, *views) * (math.nan if len(calls) == 4 else 1)
-
     monkeypatch.setattr(scott.MIMJEPA, "forward", break_at_step_4)
     handler = signal.getsignal(signal.SIGINT)
     assert scott.main([*RESUMED, "--save-minutes", "0"]) == 2
@@ -849,10 +844,8 @@ def test_parts_must_be_equal_and_memory_that_runs_out_is_told(place, monkeypatch
         monkeypatch.setattr(scott, "PROCESSES", processes)
         assert scott.main([*LOOSE, "--grad-accum-steps", "3"]) == 2
         assert f"8: no multiple of {3 * processes}, " in capsys.readouterr().err
-
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
-
     monkeypatch.setattr(scott.MIMJEPA, "forward", full)
     assert scott.main([*LOOSE, "--grad-accum-steps", "2"]) == 2
     printed = capsys.readouterr().err
@@ -945,7 +938,6 @@ def fit_heads(train, test, classes, epochs=30, **heads):
     config = scott.Config(epochs=epochs, warmup_epochs=epochs / 5, batch_size=64, lr=0.005,
                           device="cpu", amp="fp32")
     heads = heads or {name: head(train[0].shape[-1], classes) for name, head in probe.HEADS.items()}
-
     def batches(epoch, order, tokens=train[0]):
         return ((tokens[rows], rows) for rows in order.split(64))
     test_batches = partial(batches, None, tokens=test[0])
@@ -980,7 +972,6 @@ def test_dropout_and_the_training_set_are_for_training_only():
         def forward(self, x):
             seen.add((self.training, int(x[0, 1])))
             return super().forward(x)
-
     seen = set()
     sets = [torch.tensor([[0.0, kind]]).repeat(8, 1) for kind in (0, 1)]
     labels = torch.arange(8) % 2
@@ -1193,7 +1184,6 @@ NO_CHECKPOINT = "missing, no checkpoint, cut short, or with code in it"
 def test_mistakes_are_one_line_and_exit_code_2(wrong, monkeypatch, capsys, flags, says):
     def offline(*args, **kwargs):
         raise OSError("no network")
-
     monkeypatch.chdir(wrong)
     monkeypatch.setattr("torchvision.datasets.flowers102.download_and_extract_archive", offline)
     monkeypatch.setattr(scott, "draw_flowers", partial(scott.draw_flowers, count=64, size=32))

@@ -52,7 +52,7 @@ def tables(text):
 def differences(path):
     """What the tables of a file say other than the logs, as texts."""
     for section, headers, rows in tables(path.read_text()):
-        if not {"linear", "attentive"} & {*headers} or "Paper" in headers:
+        if not {"linear", "attentive", "all trained"} & {*headers} or "Paper" in headers:
             continue
         for row in rows:
             link = LINK.search(row[0])

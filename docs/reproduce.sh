@@ -67,6 +67,7 @@ for run in default seed-1 vit-seed-1; do  # fine-tuned by the recipe of scratch-
     probed "finetuned-$run-$epochs" --mode finetune --ckpt "runs/$run-$epochs/last.pt" \
         --lr 5e-4 --dropout 0.2 --attention-dropout 0.1 --drop-path 0.1
 done
+probed "finetuned-vit-seed-1-$epochs-defaults" --mode finetune --ckpt "runs/vit-seed-1-$epochs/last.pt"
 probed scratch --mode finetune --random-init scott-3/16  # 300 epochs with labels
 probed scratch-100 --mode finetune --random-init scott-3/16 --epochs 100 --batch-size 64
 probed vit-scratch-100 --mode finetune --random-init vit-3/16 --epochs 100 --batch-size 64

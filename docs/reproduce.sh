@@ -52,6 +52,18 @@ probed() {  # NAME and flags of probe.py
     keep_logs "runs/$name"
 }
 
+without_blocks() {  # NAME and flags of probe.py: of a SCOTT-3/16, tokenizer and positions alone
+    name=$1
+    shift
+    if ! is_wanted "$name"; then return; fi
+    if [ ! -f "runs/$name/probe.json" ]; then
+        python -c 'import sys, probe, scott
+scott.SIZES["3"] = 384, 0, 4  # width, depth, heads
+sys.exit(probe.main(sys.argv[1:]))' $data --views different --copies 20 --out "runs/$name" "$@"
+    fi
+    keep_logs "runs/$name"
+}
+
 probed untrained --random-init scott-3/16
 probed untrained-seed-1 --random-init scott-3/16 --seed 1
 row default --model scott-3/16
@@ -82,6 +94,12 @@ for model in vit scott; do
     done
 done
 method "-m baselines.capi" vit-capi-ema --model vit-3/16 --recipe controlled --ema-start 0.996
+
+# What the tokenizer has learned, and what the blocks above it
+without_blocks tokenizer-untrained --random-init scott-3/16
+for run in default scott-ijepa-0 scott-capi-0 scott-bootleg-0; do
+    without_blocks "tokenizer-$run-$epochs" --ckpt "runs/$run-$epochs/last.pt"
+done
 
 # Which learning rate each method likes, told by val alone; 5e-4 is that of the runs above, to be
 # probed with --validate as well. The best of the three is then probed without.

@@ -101,9 +101,16 @@ for run in default scott-ijepa-0 scott-capi-0 scott-bootleg-0; do
     without_blocks "tokenizer-$run-$epochs" --ckpt "runs/$run-$epochs/last.pt"
 done
 
-# Which learning rate each method likes, told by val alone; 5e-4 is that of the runs above, to be
-# probed with --validate as well. The best of the three is then probed without.
+# Which learning rate each method likes, told by val alone; 5e-4 is that of the runs above. The best
+# of the three is then probed without --validate.
 validate=--validate
+for run in vit vit-ijepa-0 vit-capi-0 vit-bootleg-0; do
+    if ! is_wanted "val-$run"; then continue; fi
+    if ! grep -q '"validate": true' "runs/$run-$epochs/probe.json"; then
+        python probe.py --ckpt "runs/$run-$epochs/last.pt" --views different --copies 20 $validate
+    fi
+    keep_logs "runs/$run-$epochs"
+done
 for lr in 1.5e-4 1.5e-3; do
     row "vit-lr-$lr" --model vit-3/16 --lr "$lr"
     for other in ijepa capi bootleg; do

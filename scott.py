@@ -670,11 +670,11 @@ class Run:
         self.optimizer.zero_grad()
         return loss
 
-    def save(self, path, **progress):
-        """Write a checkpoint. All draws are keyed by seed and step: there is no other state."""
+    def save(self, **progress):
+        """Write last.pt. All draws are keyed by seed and step: there is no other state."""
         state = {"format": FORMAT, "config": asdict(self.config), "images": len(self.indices),
                  "objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
-        write_file(path, partial(torch.save, state | progress))
+        write_file(f"{self.config.out}/last.pt", partial(torch.save, state | progress))
 
     def restore(self, path):
         """Load and return a checkpoint. Raises UserError if it is of another run."""
@@ -707,7 +707,7 @@ def train(config, method=None):
     run = Run(replace(config, out=str(folder)), method)
     config, objective = run.config, run.objective
     state = run.restore(config.resume) if config.resume else {"rows": [], "step": 0, "losses": 0.0}
-    start, rows = state["step"], state["rows"]
+    since, rows, noted = state["step"], state["rows"], []
     losses = torch.tensor(state["losses"], device=config.device)
     write_file(f"{folder}/config.json", json.dumps(asdict(config), indent=2) + "\n")
     print(f"{config.model} on {len(run.indices):,} images of {config.data}, {config.img_size} px: "
@@ -715,11 +715,11 @@ def train(config, method=None):
           flush=True)
     if not rows:
         write_file(f"{folder}/source.py", Path(__file__).read_text())
-        rows = [{"epoch": 0, "step": 0} | monitor("untrained", objective.student, run.images)]
-    noted, since = [], start
+        rows.append({"epoch": 0, "step": 0} | monitor("untrained", objective.student, run.images))
+        run.save(**state)  # whatever comes now, the run can go on
     saved = shown = time.time()
 
-    for step, batch in enumerate(noting_signals(run.batches(start), noted), start):
+    for step, batch in enumerate(noting_signals(run.batches(since), noted), since):
         lr, decay, momentum = config.schedule(step, run.total, run.warmup)
         # 1. Two views of every image, and what the student does not see of the first.
         views = run.views(step, *batch)
@@ -758,7 +758,7 @@ def train(config, method=None):
             losses = torch.zeros_like(losses)
         since, shown = done, time.time()
         if save:
-            run.save(f"{folder}/last.pt", step=done, rows=rows, losses=losses.item())
+            run.save(step=done, rows=rows, losses=losses.item())
             saved = now
         if stop and done < run.total:
             print(f"stopped after step {done} of {run.total}; to go on: --resume {folder}/last.pt")

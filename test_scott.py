@@ -770,6 +770,15 @@ def test_a_stop_before_the_first_step_says_that_nothing_is_saved(place, monkeypa
     assert scott.main(RESUMED) == 130
     assert "nothing to save" in capsys.readouterr().err
 
+def test_a_run_that_dies_in_its_first_steps_goes_on(place, monkeypatch):
+    assert scott.main([*RESUMED, "--out", "whole"]) == 0
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(scott.MIMJEPA, "update_teacher", None)  # is called after the first step
+        scott.main([*RESUMED, "--out", "died"])
+    assert scott.main(["--resume", "died/last.pt"]) == 0
+    assert_equal(final_state(Path("died")), final_state(Path("whole")))
+    assert rows_of(Path("died")) == rows_of(Path("whole"))
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_of_steps_and_saves_lose_nothing(place, kills):
     rng, last = np.random.default_rng(kills), Path("killed/last.pt")
@@ -867,13 +876,14 @@ def test_the_end_of_one_process_ends_the_run(place, capfd, number):
     """A rank that is killed must not leave the other waiting; one that is stopped saves."""
     flags = [*LOOSE, "--epochs", "1000", "--save-minutes", "0", "--out", "two"]
     run = subprocess.Popen([*TWO, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not Path("two/last.pt").exists():
+    last = Path("two/last.pt")
+    while not (last.exists() and scott.load_checkpoint(last)["step"]):
         assert run.poll() is None
         time.sleep(0.1)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text()
     os.kill(int(children.split()[-1]), number)
     assert run.wait(timeout=60) != 0
-    step = scott.load_checkpoint("two/last.pt")["step"]
+    step = scott.load_checkpoint(last)["step"]
     said = f"stopped after step {step} of 2000; to go on: --resume two/last.pt"
     assert step > 0 and (said in capfd.readouterr().out) == (number == signal.SIGTERM)
 

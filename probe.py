@@ -375,7 +375,8 @@ def finetune(encoder, images, split, labels, options, config, path):
     network = nn.ModuleDict({"student": encoder.requires_grad_(True),
                              "head": LinearHead(encoder.embed_dim, len(images.classes))})
     whole = {"finetune": nn.Sequential(network["student"], network["head"])}
-    asked = {name: value for name, value in asdict(options).items() if name not in scott.FREE}
+    free = "out", *scott.FREE
+    asked = {name: value for name, value in asdict(options).items() if name not in free}
     counts = [len(rows) for rows in split]
     owner = asked | {"which": config.which, "epochs": epochs, "images": counts}
     curves = fit(whole, train_batches, test_batches, labels, config, 20, (path, owner))
@@ -530,6 +531,7 @@ def export(encoder, options, config):
     config = replace(config, data=folders[0] if folders else config.data,
                      batch_size=options.batch_size or 64)
     images = scott.open_data(config)
+    images.read(config.cache_gib)
     features = scott.encode(encoder, images, range(len(images.paths))).numpy()
     arrays = {"features": features, "paths": images.paths.astype(str), "labels": images.labels,
               "classes": np.array(images.classes, dtype=str)}
@@ -540,6 +542,8 @@ def export(encoder, options, config):
 def run(options):
     """Do what the command line says. Raises UserError."""
     scott.check_ranges(options)
+    if 0 in (options.epochs, options.lr):
+        raise UserError("--epochs and --lr of a probe: above 0")
     encoder, config = open_encoder(options)
     task = draw_pca if options.pca else export if options.export else probe
     task(encoder, options, config)

@@ -8,8 +8,7 @@ Learning" (arXiv 2502.18056), whose section, table and equation numbers are give
     python scott.py --data path/to/images            # your own folder, labels not needed
 
 What is unusual here, in reading order ("To change ..." marks where people will want to):
-- A mask (True = hidden from the student) is always an argument. Sparse means: hidden pixels are
-  zeroed before each layer, and its result is divided by the share of the kernel that saw others.
+- A mask (True = hidden from the student) is always an argument.
 - The encoder has no biases, and ends in a LayerNorm whose output loss, monitors and probes share.
 - Crop, flip, colours and mask are keyed by (seed, epoch, image): worker processes change nothing.
 - A run tells whether it collapses: k-NN, rank and deviation beside the untrained encoder's.
@@ -31,6 +30,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from glob import glob
 from pathlib import Path
+from threading import Thread
 from typing import Literal, get_args, get_origin
 
 import numpy as np
@@ -38,7 +38,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
 from torchvision import datasets, ops, utils
 from torchvision.transforms import v2 as T
 
@@ -237,7 +236,7 @@ class SwiGLU(nn.Module):
         return self.proj(F.silu(gate) * value)
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, N, D) -> (B, N, D); `layer`, from 1, scales its start.
+    """Pre-norm transformer block, (B, N, D) -> (B, N, D); `layer`, from 1, scales its init.
     residual_norm: LayerNorm the residual stream itself between the halves, as the released code."""
     def __init__(self, dim, num_heads, layer=1, drop_path=0.0, residual_norm=False, **dropouts):
         super().__init__()
@@ -310,9 +309,8 @@ def create_encoder(name, heads=None, renormalise=True, **options):
 
 def encoder_of(config):
     """The new, untrained encoder that the dict of a `Config` describes."""
-    names = {"heads", "renormalise", "dropout", "attention_dropout", "drop_path", "residual_norm",
-             "registers"}
-    return create_encoder(config["model"], **{name: config[name] for name in names & config.keys()})
+    names = "heads renormalise dropout attention_dropout drop_path residual_norm registers".split()
+    return create_encoder(config["model"], **{name: config[name] for name in config.keys() & names})
 
 # ---- MIM-JEPA (sec. 3.2) and its schedules (sec. 4.2, Table 6) ---------------------------------
 class MIMJEPA(nn.Module):
@@ -356,7 +354,7 @@ def lr_schedule(step, total_steps, warmup_steps=0, start=1e-6, peak=5e-4, end=1e
         return linear(step, warmup_steps + 1, start, peak)
     last = total_steps - 1
     decay_start = warmup_steps + flat * (last - warmup_steps)
-    share = (step - decay_start) / (last - decay_start) if step < last else 1
+    share = (step - decay_start) / (last - decay_start or 1) if step < last else 1
     return peak if share <= 0 else end + (peak - end) * (1 + math.cos(math.pi * share)) / 2
 
 def parameter_groups(parameters, lr_scale=1.0):
@@ -413,7 +411,7 @@ class ImageSet:
 
     def load(self, index):
         """Image `index`, uint8 (3, H, W), not to be written to. Raises UserError if unreadable."""
-        path = self.paths[index]
+        path = str(self.paths[index])
         if path in self.decoded:
             return self.decoded[path]
         try:
@@ -435,8 +433,7 @@ class ImageSet:
         return T.functional.pil_to_tensor(image)
 
     def read(self, gib):
-        """Read every image, keep about `gib` GiB in memory. Unreadable ones are named and left out;
-        returns how many. Raises UserError if there is no other."""
+        """Read all, keep `gib` GiB; returns how many are unreadable: left out. UserError: all."""
         def try_load(index):
             try:
                 return self.load(index)
@@ -530,12 +527,18 @@ def draw_flowers(config, count=3072, size=128):
 def make_loader(images, batches):
     """A DataLoader; batches: lists of keys. Its processes share the decoded images, not Ctrl-C."""
     config = images.config
-    def shield(_):  # the first SIGTERM, which a batch system sends to all, is for the run to save
+    def shield(_):  # SIGTERM, which a batch system sends to all, is for the run to save
         os.setsid()
-        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    return DataLoader(images, batch_sampler=batches, num_workers=config.workers,
-                      multiprocessing_context="fork" if config.workers else None,
-                      worker_init_fn=shield, pin_memory="cuda" in config.device)
+        if sys.platform == "linux":
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            Thread(target=await_the_end, daemon=True).start()
+    def await_the_end():  # Python sends SIGTERM, too, when an error ends the run
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+    return torch.utils.data.DataLoader(
+        images, batch_sampler=batches, worker_init_fn=shield, pin_memory="cuda" in config.device,
+        num_workers=config.workers, multiprocessing_context="fork" if config.workers else None)
 
 # ---- Monitors: is it learning, is it collapsing? -----------------------------------------------
 def evaluation_split(images):
@@ -605,8 +608,7 @@ def autocast(config):
     return torch.autocast(torch.device(config.device).type, torch.bfloat16, config.amp == "bf16")
 
 def backward(model, batch, config):
-    """Gradients of the mean loss over a batch (tensors with the images first), computed in equal
-    parts, one after the other; returns that loss. Raises UserError if memory runs out."""
+    """Gradients of a batch's mean loss, part by part; returns it. UserError: out of memory."""
     parts, total = config.grad_accum_steps, 0.0
     try:
         for done, part in enumerate(zip(*(x.chunk(parts) for x in batch)), 1):
@@ -679,10 +681,10 @@ class Run:
     def restore(self, path):
         """Load and return a checkpoint. Raises UserError if it is of another run."""
         state, count = load_checkpoint(path), len(self.indices)
-        if state["images"] != count:
-            raise UserError(f"{path}: a run on {state['images']} images, not {count}")
         if state["objective"].keys() != self.objective.state_dict().keys():
             raise UserError(f"{path}: a run of another method")
+        if state["images"] != count:
+            raise UserError(f"{path}: a run on {state['images']} images, not {count}")
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         return state
@@ -693,8 +695,7 @@ def train(config, method=None):
     - forward(view_a, view_b, mask) -> loss, and `student`, the encoder that is kept;
     - if it wants: `teacher`, another encoder, and update_teacher(momentum), after every step;
     - draw_masks(count, grid, generator) -> tensors of `count` rows, for forward instead of mask;
-    - parameter_groups(), as the function of that name.
-    Everything in its state_dict is saved and restored."""
+    - parameter_groups(), as the function of that name. All in its state_dict is saved."""
     begun, config = time.time(), resolve(config)
     if PROCESSES > 1:
         backend = "cpu:gloo,cuda:nccl" if "cuda" in config.device else "gloo"
@@ -709,14 +710,13 @@ def train(config, method=None):
     state = run.restore(config.resume) if config.resume else {"rows": [], "step": 0, "losses": 0.0}
     since, rows, noted = state["step"], state["rows"], []
     losses = torch.tensor(state["losses"], device=config.device)
-    write_file(f"{folder}/config.json", json.dumps(asdict(config), indent=2) + "\n")
     print(f"{config.model} on {len(run.indices):,} images of {config.data}, {config.img_size} px: "
-          f"{config.epochs} epochs of {run.steps} steps, {config.device} {config.amp}, to {folder}",
-          flush=True)
+          f"{config.epochs} epochs of {run.steps} steps, {config.device} {config.amp}, to {folder}")
     if not rows:
-        write_file(f"{folder}/source.py", Path(__file__).read_text())
-        rows.append({"epoch": 0, "step": 0} | monitor("untrained", objective.student, run.images))
+        write_file(f"{folder}/source.py", Path(__file__).read_text(), new=not config.resume)
         run.save(**state)  # whatever comes now, the run can go on
+        rows.append({"epoch": 0, "step": 0} | monitor("untrained", objective.student, run.images))
+    write_file(f"{folder}/config.json", json.dumps(asdict(config), indent=2) + "\n")
     saved = shown = time.time()
 
     for step, batch in enumerate(noting_signals(run.batches(since), noted), since):
@@ -743,7 +743,7 @@ def train(config, method=None):
             continue  # only below is the device waited for
         sizes = torch._foreach_norm([losses, *objective.parameters()])
         if not torch.stack(sizes).isfinite().all():
-            raise UserError(f"not finite by step {done}: try a lower --lr; last.pt is older")
+            raise UserError(f"not finite by step {done}: try a lower --lr; last.pt is from before")
         speed = (done - since) * config.batch_size / (now - shown)
         row = {"epoch": epoch + 1, "step": done, "loss": losses.item() / (position + 1), "lr": lr,
                "weight_decay": decay, "ema": momentum, "images_per_s": round(speed, 1)}
@@ -772,13 +772,13 @@ def train(config, method=None):
 FORMAT = 4  # of last.pt; to be raised when its keys, or their meaning, change
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-def write_file(path, content):
+def write_file(path, content, new=False):
     """Write a text, or what content(file) writes: at any moment the old or the new file is there,
-    and complete. Raises UserError, for a full disk say. Of several processes, the first writes."""
+    whole. Raises UserError (disk full; new: its folder exists). Of processes, the first writes."""
     if RANK:
         return
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=not new)
         with open(f"{path}.tmp", "wb") as file:
             file.write(content.encode()) if isinstance(content, str) else content(file)
             file.flush()
@@ -809,7 +809,7 @@ def noting_signals(batches, noted):
             signal.signal(number, handler)
 
 # ---- Command line ------------------------------------------------------------------------------
-FREE = ("out", "root", "device", "workers", "cache_gib", "grad_accum_steps", "which", "knn_every",
+FREE = ("root", "device", "workers", "cache_gib", "grad_accum_steps", "which", "knn_every",
         "save_minutes", "max_minutes", "resume")  # may change when a run goes on
 
 def parse_config(argv=None, cls=Config):
@@ -866,7 +866,7 @@ def resolve(config):
         raise UserError(f"--batch-size {config.batch_size}: no multiple of {shares}, its parts")
     linux, gpu = sys.platform == "linux", f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's
     auto = gpu if torch.cuda.is_available() else "cpu"
-    device = {"auto": auto, "cuda": gpu}.get(config.device, config.device)
+    device = {"auto": auto, "cuda": gpu, "cuda:0": gpu}.get(config.device, config.device)
     try:
         torch.ones(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -97,7 +97,7 @@ method "-m baselines.capi" vit-capi-ema --model vit-3/16 --recipe controlled --e
 
 # What the tokenizer has learned, and what the blocks above it
 without_blocks tokenizer-untrained --random-init scott-3/16
-for run in default scott-ijepa-0 scott-capi-0 scott-bootleg-0; do
+for run in default seed-1 scott-ijepa-0 scott-capi-0 scott-bootleg-0; do
     without_blocks "tokenizer-$run-$epochs" --ckpt "runs/$run-$epochs/last.pt"
 done
 

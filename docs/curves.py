@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 DOCS = Path(__file__).resolve().parent
 RUNS = (  # folder, what it is, colour (Okabe and Ito's, told apart by the colour-blind)
-    ("default-24", "SCOTT-3/16", "#0072B2"),
-    ("seed-1-24", "SCOTT-3/16, seed 1", "#56B4E9"),
+    ("default-48", "SCOTT-3/16", "#0072B2"),
+    ("seed-1-48", "SCOTT-3/16, seed 1", "#56B4E9"),
     ("vit-24", "ViT-3/16", "#D55E00"),
-    ("random-24", "SCOTT, random masks", "#009E73"),
+    ("random-48", "SCOTT, random masks", "#009E73"),
 )
 PANELS = (  # title, column of metrics.csv, what probe.json has beside it
     ("k-NN, linear and attentive top-1, %", "knn_top1", ("linear", "attentive")),
@@ -67,13 +67,14 @@ class Panel:
             ends = [(self.epochs * part / 60, value) for part in (dash, dash + 1)]
             self.line(ends, color, 1)
 
-    def mark(self, value, color, words):
+    def mark(self, epoch, value, color, words):
         """A point at the end of a run, with what it is; another of that name is close: without."""
-        x, y = self.place(self.epochs, value)
+        x, y = self.place(epoch, value)
         radius = 3.5 * SCALE
         self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), color)
-        close = [(other, name) for other, name in self.marks if abs(other - value) < 3]
-        self.marks.append((value, words))
+        close = [(other, name) for end, other, name in self.marks
+                 if end == epoch and abs(other - value) < 3]
+        self.marks.append((epoch, value, words))
         if words in [name for _, name in close]:
             return
         if close:  # beside another name: above it or below
@@ -100,7 +101,7 @@ def draw_curves(folder, path):
             panel.dashes(points[0][1], color)
             panel.line(points, color)
             for mode in modes:
-                panel.mark(probes[mode], color, mode)
+                panel.mark(points[-1][0], probes[mode], color, mode)
             if not modes:  # the legend, where there is room
                 panel.text((LEFT + 10, HEIGHT - BOTTOM - 20 - 16 * line), label, color)
     panel.text((LEFT + 10, HEIGHT - BOTTOM - 20 - 16 * len(runs)), "dashed: untrained")
